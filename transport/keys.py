@@ -13,6 +13,8 @@ from .errors import InvalidInput
 SEED_BYTES = 32
 PUBLIC_KEY_BYTES = 32
 
+_HEX = frozenset("0123456789abcdefABCDEF")
+
 
 def blake2b(*parts: bytes, key: bytes = b"") -> bytes:
     """BLAKE2b with a 32-byte digest over the parts in a row, keyed when ``key`` is given (64 bytes
@@ -79,6 +81,8 @@ class KeyPair:
 
 def verify(signature: bytes, message: bytes, public_key: bytes) -> bool:
     """Whether the 64-byte detached signature is the key's own over the message."""
+    if len(signature) != bindings.crypto_sign_BYTES:
+        return False
     try:
         bindings.crypto_sign_open(signature + message, public_key)
     except Exception:  # PyNaCl has several error types for what is one answer: no
@@ -96,7 +100,6 @@ def parse_key(text: str, what: str = "public key") -> bytes:
     text = text.strip()
     if len(text) != 64:
         raise InvalidInput(f"a {what} has 64 hexadecimal digits, this one has {len(text)}")
-    try:
-        return bytes.fromhex(text)
-    except ValueError as error:
-        raise InvalidInput(f"a {what} has hexadecimal digits only (0-9, a-f)") from error
+    if not _HEX.issuperset(text):
+        raise InvalidInput(f"a {what} has hexadecimal digits only (0-9, a-f)")
+    return bytes.fromhex(text)

@@ -1,0 +1,296 @@
+"""The Noise handshake of a connection, and what both ends derive from it.
+
+`Initiator` and `Responder` are the two ends of one ``Noise_IK_Ed25519_ChaChaPoly_BLAKE2b``
+handshake (spec: secure-stream-and-registry 2; hyperdht 3.3): the initiator knows the responder's
+key beforehand, the responder learns the initiator's from message 1. Both end with the same
+`Handshake`, seen from their side. The state machine is the ``noiseprotocol`` package's; the
+Diffie-Hellman over Ed25519 keys, which it does not have, is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from nacl import bindings
+from nacl.exceptions import CryptoError
+
+from .errors import HandshakeError, InvalidInput, LocalError
+from .keys import (
+    NS_INITIATOR,
+    NS_PEER_HOLEPUNCH,
+    NS_RESPONDER,
+    PUBLIC_KEY_BYTES,
+    SEED_BYTES,
+    KeyPair,
+    blake2b,
+)
+
+PROTOCOL = b"Noise_IK_Ed25519_ChaChaPoly_BLAKE2b"
+#: What the two messages are longer than their payloads (spec 2.1).
+MESSAGE_1_OVERHEAD = 96
+MESSAGE_2_OVERHEAD = 48
+
+_NONCE_BYTES = bindings.crypto_secretbox_NONCEBYTES
+#: A sealed payload has at least one byte inside (spec 3.2).
+_SEALED_MIN = _NONCE_BYTES + bindings.crypto_secretbox_MACBYTES + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """What a finished handshake leaves to one side. Secrets never appear in a repr."""
+
+    is_initiator: bool
+    #: 32-byte keys of the stream's two directions: what this side sends with, and receives with.
+    tx: bytes = field(repr=False)
+    rx: bytes = field(repr=False)
+    #: 64 bytes, the same on both sides, and secret to them.
+    hash: bytes = field(repr=False)
+    #: 32 bytes each: this side's static key and the peer's, both proven by the handshake.
+    public_key: bytes
+    remote_public_key: bytes
+
+    @property
+    def holepunch_secret(self) -> bytes:
+        """32 bytes: the key of `seal` and `unseal` (spec 2.4)."""
+        return blake2b(NS_PEER_HOLEPUNCH, key=self.hash)
+
+    @property
+    def local_stream_id(self) -> bytes:
+        """32 bytes: what this side's stream header carries (spec 2.4)."""
+        return blake2b(NS_INITIATOR if self.is_initiator else NS_RESPONDER, key=self.hash)
+
+    @property
+    def remote_stream_id(self) -> bytes:
+        """32 bytes: what the peer's stream header has to carry (spec 2.4)."""
+        return blake2b(NS_RESPONDER if self.is_initiator else NS_INITIATOR, key=self.hash)
+
+
+class Initiator:
+    """The connecting side.
+
+    ``ephemeral_seed`` is 32 bytes from the caller's randomness, never used twice. Raises
+    `InvalidInput` for a remote key or seed that has not 32 bytes.
+    """
+
+    __slots__ = ("_key_pair", "_remote_public_key", "_sent", "_state")
+
+    def __init__(
+        self,
+        key_pair: KeyPair,
+        remote_public_key: bytes,
+        *,
+        prologue: bytes,
+        ephemeral_seed: bytes,
+    ) -> None:
+        if len(remote_public_key) != PUBLIC_KEY_BYTES:
+            raise InvalidInput(
+                f"a public key has {PUBLIC_KEY_BYTES} bytes, not {len(remote_public_key)}"
+            )
+        self._key_pair = key_pair
+        self._remote_public_key = bytes(remote_public_key)
+        self._state = handshake_state(
+            PROTOCOL,
+            True,
+            prologue=prologue,
+            key_pair=key_pair,
+            ephemeral_seed=ephemeral_seed,
+            remote_public_key=self._remote_public_key,
+        )
+        self._sent = False
+
+    def message(self, payload: bytes) -> bytes:
+        """Message 1: `MESSAGE_1_OVERHEAD` bytes more than the payload.
+
+        Made once an attempt: the same bytes go through every node that is tried (spec 2.4). Raises
+        `InvalidInput` when the remote key is no usable point of the curve, which is so for most
+        random 32 bytes (spec: hyperdht 9.1, pitfall 32).
+        """
+        if self._sent:
+            raise LocalError("message 1 exists already: send the same bytes again")
+        message = bytearray()
+        try:
+            self._state.write_message(payload, message)
+        except Exception as error:  # PyNaCl has several types for a point that does not multiply
+            raise InvalidInput(
+                f"{self._remote_public_key.hex()} is not a public key: check its digits"
+            ) from error
+        self._sent = True
+        return bytes(message)
+
+    def read(self, message: bytes) -> tuple[bytes, Handshake]:
+        """The payload of message 2, and the result.
+
+        Raises `HandshakeError` for a message that does not verify, and is then as it was: the true
+        message may still come (spec 2.4).
+        """
+        state = self._state
+        if not self._sent or not state.message_patterns:
+            raise LocalError("message 2 is read once, after message 1 was made")
+        symmetric = state.symmetric_state
+        # Reading changes these and the cipher key, which message 2 replaces before it is used.
+        before = symmetric.h, symmetric.ck, list(state.message_patterns)
+        payload = bytearray()
+        try:
+            state.read_message(bytes(message), payload)
+        except Exception as error:  # half a dozen types of three packages, one meaning (spec 2.3)
+            symmetric.h, symmetric.ck, state.message_patterns = before
+            raise HandshakeError("the handshake reply does not verify") from error
+        return bytes(payload), _result(state, self._key_pair, self._remote_public_key)
+
+
+class Responder:
+    """The listening side; one for each message 1 that arrives.
+
+    ``ephemeral_seed`` is 32 bytes from the caller's randomness, never used twice.
+    """
+
+    __slots__ = ("_key_pair", "_state", "remote_public_key")
+
+    def __init__(self, key_pair: KeyPair, *, prologue: bytes, ephemeral_seed: bytes) -> None:
+        self._key_pair = key_pair
+        self._state = handshake_state(
+            PROTOCOL,
+            False,
+            prologue=prologue,
+            key_pair=key_pair,
+            ephemeral_seed=ephemeral_seed,
+        )
+        #: The initiator's 32-byte static key, known and verified after `read`, else empty.
+        self.remote_public_key = b""
+
+    def read(self, message: bytes) -> bytes:
+        """The payload of message 1. Raises `HandshakeError` for one that does not verify, after
+        which this object is used up."""
+        if len(self._state.message_patterns) != 2:
+            raise LocalError("message 1 is read once: make a new Responder for another")
+        payload = bytearray()
+        try:
+            self._state.read_message(bytes(message), payload)
+        except Exception as error:  # half a dozen types of three packages, one meaning (spec 2.3)
+            raise HandshakeError("the handshake request does not verify") from error
+        self.remote_public_key = self._state.rs.public_bytes
+        return bytes(payload)
+
+    def message(self, payload: bytes) -> tuple[bytes, Handshake]:
+        """Message 2, `MESSAGE_2_OVERHEAD` bytes more than the payload, and the result."""
+        if not self.remote_public_key or not self._state.message_patterns:
+            raise LocalError("message 2 is made once, after message 1 was read")
+        message = bytearray()
+        self._state.write_message(payload, message)
+        return bytes(message), _result(self._state, self._key_pair, self.remote_public_key)
+
+
+def seal(plain: bytes, secret: bytes, nonce: bytes) -> bytes:
+    """A hole punching payload on the wire: nonce (24 bytes), tag (16), ciphertext (spec 3.2)."""
+    return nonce + bindings.crypto_secretbox(plain, nonce, secret)
+
+
+def unseal(data: bytes, secret: bytes) -> bytes | None:
+    """What `seal` was given, or None when it was not sealed with the secret."""
+    if len(data) < _SEALED_MIN:
+        return None
+    try:
+        return bindings.crypto_secretbox_open(
+            bytes(data[_NONCE_BYTES:]), bytes(data[:_NONCE_BYTES]), secret
+        )
+    except CryptoError:
+        return None
+
+
+def host_token(host: str, local_secret: bytes) -> bytes:
+    """32 bytes that only who receives at the IPv4 host can echo (spec 3.2). The secret is 32 random
+    bytes of one connection attempt."""
+    return blake2b(host.encode(), key=local_secret)
+
+
+def scalar(seed: bytes) -> bytes:
+    """The 32-byte secret number of an Ed25519 seed: hashed and clamped (spec 2.2)."""
+    number = bytearray(hashlib.sha512(seed).digest()[:32])
+    number[0] &= 248
+    number[31] = number[31] & 127 | 64
+    return bytes(number)
+
+
+def diffie_hellman(number: bytes, public_key: bytes) -> bytes:
+    """The shared point of a `scalar` and a public key: 32 bytes (spec 2.2).
+
+    Raises one of PyNaCl's errors for anything but a point of the main subgroup.
+    """
+    return bindings.crypto_scalarmult_ed25519_noclamp(number, public_key)
+
+
+def handshake_state(
+    protocol_name: bytes,
+    is_initiator: bool,
+    *,
+    prologue: bytes,
+    key_pair: KeyPair,
+    ephemeral_seed: bytes,
+    remote_public_key: bytes | None = None,
+) -> Any:
+    """The package's ``HandshakeState`` for any two- or three-message pattern over Ed25519."""
+    if len(ephemeral_seed) != SEED_BYTES:
+        raise InvalidInput(f"a seed has {SEED_BYTES} bytes, not {len(ephemeral_seed)}")
+    from noise.noise_protocol import NoiseProtocol
+
+    protocol = NoiseProtocol(protocol_name, _backend())
+    protocol.initiator = is_initiator
+    protocol.prologue = prologue
+    # The package's connection class would warn about an ephemeral key that comes from outside; here
+    # it always does, because randomness belongs to the caller.
+    protocol.keypairs.update(
+        s=_Point(key_pair.public_key, scalar(key_pair.seed)),
+        e=_Point(KeyPair.from_seed(ephemeral_seed).public_key, scalar(ephemeral_seed)),
+        rs=None if remote_public_key is None else _Point(remote_public_key),
+    )
+    protocol.initialise_handshake_state()
+    return protocol.handshake_state
+
+
+def _result(state: Any, key_pair: KeyPair, remote_public_key: bytes) -> Handshake:
+    protocol = state.noise_protocol
+    return Handshake(
+        is_initiator=state.initiator,
+        tx=protocol.cipher_state_encrypt.k,
+        rx=protocol.cipher_state_decrypt.k,
+        hash=protocol.handshake_hash,
+        public_key=key_pair.public_key,
+        remote_public_key=remote_public_key,
+    )
+
+
+class _Point:
+    """A key as the package wants it: a public one, or a pair."""
+
+    __slots__ = ("private", "public", "public_bytes")
+
+    def __init__(self, public_key: bytes, number: bytes = b"") -> None:
+        self.public = self.public_bytes = public_key
+        self.private = number
+
+    @classmethod
+    def from_public_bytes(cls, data: bytes) -> _Point:
+        return cls(data)
+
+
+class _Ed25519:
+    """The Diffie-Hellman function as the package wants it."""
+
+    dhlen = PUBLIC_KEY_BYTES
+
+    def dh(self, number: bytes, public_key: bytes) -> bytes:
+        return diffie_hellman(number, public_key)
+
+
+@cache
+def _backend() -> Any:
+    # Imported on the first handshake: with what it pulls in it costs more than all else at start.
+    from noise.backends.default.backend import DefaultNoiseBackend
+
+    backend = DefaultNoiseBackend()
+    backend.diffie_hellmans["Ed25519"] = _Ed25519
+    backend.keypairs["Ed25519"] = _Point
+    return backend
