@@ -1,0 +1,254 @@
+"""All UDX streams of one end point, over any number of sockets.
+
+A stream costs nothing while nothing happens on it: those with something to do are in a list, and
+those with a deadline in a heap whose outdated entries are put right when they come up.
+"""
+
+from __future__ import annotations
+
+import heapq
+from random import Random
+
+from ..errors import DecodeError, InvalidInput
+from ..transmit import Address, Transmit
+from . import packet as wire
+from .mtu import MAX_MTU
+from .packet import decode
+from .receive import RECEIVE_WINDOW
+from .stream import Stats, Stream
+
+#: Seconds for which a closed stream still answers its peer (spec: udx 2.4).
+TIME_WAIT = 5.0
+#: Closed streams remembered at most; the oldest are forgotten first. About 400 bytes each.
+MAX_TIME_WAIT = 16384
+
+#: What a peer sends that has not heard that the stream is over.
+_WANTS_ANSWER = wire.DATA | wire.END | wire.HEARTBEAT
+
+
+class Mux:
+    """Follows `transport.transmit.Core`, but for what `receive` returns.
+
+    After `receive`, `on_deadline` and calls to streams, call `poll` and let the readers read and
+    the writers write, then `transmits`: so one ACK answers all that was received in between, and
+    tells the window that the readers left. `transmits` itself may leave something to `poll`, as
+    what was unsent is in flight then.
+    """
+
+    __slots__ = (
+        "_changed",
+        "_deadlines",
+        "_dirty",
+        "_farewells",
+        "_forget_at",
+        "_order",
+        "_outbox",
+        "_over",
+        "_rng",
+        "_stale",
+        "_streams",
+        "link_mtu",
+        "receive_window",
+        "stats",
+    )
+
+    def __init__(
+        self, rng: Random, *, receive_window: int = RECEIVE_WINDOW, link_mtu: int = MAX_MTU
+    ) -> None:
+        #: Bytes each new stream holds for its reader.
+        self.receive_window = receive_window
+        #: Largest IP packet the link takes, bytes; the paths' own limits are searched below it.
+        self.link_mtu = link_mtu
+        self.stats = Stats()
+        self._rng = rng
+        self._streams: dict[int, Stream] = {}
+        self._dirty: list[Stream] = []
+        self._changed: list[Stream] = []
+        self._outbox: list[Transmit] = []
+        self._deadlines: list[tuple[float, int, Stream]] = []
+        self._order = 0
+        # Entries of the heap that belong to closed streams.
+        self._stale = 0
+        # Closed streams: id -> when closed (None: not yet noted) and answer; oldest first.
+        self._over: dict[int, tuple[float | None, Transmit | None]] = {}
+        self._farewells: dict[int, Transmit] = {}
+        self._forget_at: float | None = None
+
+    def __len__(self) -> int:
+        """Streams that are not closed."""
+        return len(self._streams)
+
+    def create(
+        self, *, local_id: int | None = None, first_seq: int = 0, first_ack: int = 0
+    ) -> Stream:
+        """A new stream, known to arriving packets from now on. ``local_id`` is 0..2**32 - 1, drawn
+        at random if None; the first numbers of both directions are 0 unless agreed otherwise.
+        Raises InvalidInput for an id in use."""
+        if local_id is None:
+            local_id = self._rng.getrandbits(32)
+            while local_id in self._streams or local_id in self._over:
+                local_id = self._rng.getrandbits(32)
+        elif local_id in self._streams or not 0 <= local_id <= wire.SEQ_MASK:
+            raise InvalidInput(f"stream id {local_id} is in use or not a 32-bit number")
+        self._over.pop(local_id, None)
+        stream = Stream(
+            self,
+            local_id,
+            receive_window=self.receive_window,
+            link_mtu=self.link_mtu,
+            first_seq=first_seq,
+            first_ack=first_ack,
+        )
+        self._streams[local_id] = stream
+        return stream
+
+    def receive(self, datagram: bytes, socket: int, source: Address, now: float) -> bool:
+        """Take one datagram. False: it is another protocol's, no stream here has or recently had
+        the id. Never raises for what the network sent."""
+        identifier = wire.stream_id(datagram)
+        if identifier is None:
+            return False
+        stream = self._streams.get(identifier)
+        if stream is None:
+            return self._receive_late(identifier, datagram)
+        try:
+            packet = decode(datagram)
+        except DecodeError:
+            self.stats.malformed += 1
+            return True
+        self.stats.received += 1
+        if socket != stream.socket and not self._passes(stream, socket, source, now):
+            self.stats.blocked += 1
+        elif not stream.closed:
+            stream.receive(packet, now)
+        return True
+
+    def transmits(self, now: float) -> list[Transmit]:
+        """What is to be sent now; each transmit is returned once."""
+        out, self._outbox = self._outbox, []
+        if self._farewells:
+            out += self._farewells.values()
+            self._farewells.clear()
+        while self._dirty:
+            dirty, self._dirty = self._dirty, []
+            for stream in dirty:
+                stream.dirty = False
+                stream.transmits(now, out)
+                self._schedule(stream)
+        self._remember(now)
+        return out
+
+    def deadline(self) -> float | None:
+        """When `on_deadline` must be called at the latest, or None for never."""
+        first = self._deadlines[0][0] if self._deadlines else None
+        if self._forget_at is None or (first is not None and first <= self._forget_at):
+            return first
+        return self._forget_at
+
+    def on_deadline(self, now: float) -> None:
+        """Do what has become due. Harmless when nothing has."""
+        deadlines = self._deadlines
+        while deadlines and deadlines[0][0] <= now:
+            when, _, stream = heapq.heappop(deadlines)
+            if stream.closed:
+                self._stale -= 1
+                continue
+            if stream.scheduled != when:
+                continue
+            stream.scheduled = None
+            due = stream.deadline()
+            if due is not None and due <= now:
+                stream.on_deadline(now)
+            else:
+                self._schedule(stream)
+        if self._forget_at is not None and self._forget_at <= now:
+            self._forget(now)
+
+    def poll(self) -> list[Stream]:
+        """The streams whose readable bytes, remote end, messages, send buffer or closedness have
+        changed since the last call, each once."""
+        changed, self._changed = self._changed, []
+        for stream in changed:
+            stream.changed = False
+        return changed
+
+    # For the streams.
+
+    def touch(self, stream: Stream) -> None:
+        """The stream may have something to send or another deadline."""
+        if not stream.dirty:
+            stream.dirty = True
+            self._dirty.append(stream)
+
+    def changed(self, stream: Stream) -> None:
+        """Something a reader or a writer wants to know has changed."""
+        if not stream.changed:
+            stream.changed = True
+            self._changed.append(stream)
+
+    def say(self, transmit: Transmit) -> None:
+        """Send the last packet of a stream that closes."""
+        self._outbox.append(transmit)
+
+    def retire(self, stream: Stream, farewell: Transmit | None) -> None:
+        """The stream is closed; ``farewell`` answers a peer that missed its last ACK."""
+        del self._streams[stream.local_id]
+        if stream.scheduled is not None:
+            self._stale += 1
+            self._purge_deadlines()
+        if stream.connected:
+            self._over[stream.local_id] = (None, farewell)
+            if len(self._over) > MAX_TIME_WAIT:
+                del self._over[next(iter(self._over))]
+
+    def _passes(self, stream: Stream, socket: int, source: Address, now: float) -> bool:
+        """Ask the hook about a packet from a foreign socket (spec: udx 2.3)."""
+        return (
+            stream.firewall is not None
+            and source[1] != 0
+            and stream.firewall(stream, socket, source, now)
+        )
+
+    def _receive_late(self, identifier: int, datagram: bytes) -> bool:
+        if identifier not in self._over:
+            self.stats.unknown += 1
+            return False
+        farewell = self._over[identifier][1]
+        if farewell is not None and datagram[2] & _WANTS_ANSWER:
+            self._farewells[identifier] = farewell
+        return True
+
+    def _schedule(self, stream: Stream) -> None:
+        """Queue a wake-up, unless one comes early enough anyway."""
+        when = stream.deadline()
+        if when is None or (stream.scheduled is not None and stream.scheduled <= when):
+            return
+        stream.scheduled = when
+        self._order += 1
+        heapq.heappush(self._deadlines, (when, self._order, stream))
+
+    def _purge_deadlines(self) -> None:
+        """Let go of closed streams when they are most of the heap."""
+        if self._stale * 2 > len(self._deadlines):
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].closed]
+            heapq.heapify(self._deadlines)
+            self._stale = 0
+
+    def _remember(self, now: float) -> None:
+        """Note the time of streams closed since the last call. They are the newest."""
+        for identifier in reversed(self._over):
+            closed_at, farewell = self._over[identifier]
+            if closed_at is not None:
+                break
+            self._over[identifier] = (now, farewell)
+        if self._over and self._forget_at is None:
+            self._forget_at = now + TIME_WAIT
+
+    def _forget(self, now: float) -> None:
+        over = self._over
+        for identifier, (closed_at, _) in list(over.items()):
+            if closed_at is None or closed_at + TIME_WAIT > now:
+                break
+            del over[identifier]
+        # One wake-up for all that closed in the meantime, not one for each.
+        self._forget_at = now + TIME_WAIT if over else None

@@ -1,0 +1,170 @@
+"""What one stream has received: bytes in order, packets out of order, the window that is left."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+
+from ..errors import InvalidInput
+from ..transmit import Buffer
+from .packet import MAX_SACK_BLOCKS
+from .ranges import RangeSet
+
+#: Bytes a stream holds for its reader. With the default nothing holds more than 256 KiB a
+#: direction; the reference offers 4 MiB, which costs that much memory for every slow reader.
+RECEIVE_WINDOW = 256 * 1024
+#: Payloads below this many bytes are joined, so that a peer who sends single bytes costs about as
+#: much memory as it fills of the window.
+_SMALL = 512
+#: Packets kept out of order, for each KiB of window. A fair peer has window / 1132 in flight.
+_PACKETS_PER_KIB = 2
+_MIN_PACKETS = 64
+
+
+class Receiver:
+    """Puts packets in order. Packet numbers here have no wrap-around.
+
+    In-order bytes count against the window from their arrival until `credit`, packets out of order
+    until they come into order. A packet beyond the window is dropped, as if the network had: a
+    fair peer sends none, but for the one that any window above 0 permits (spec: udx 3.2). What
+    fills the lowest gap is taken as long as the in-order bytes alone leave room, or the stream
+    would come to a stop; so a hostile peer can make a receiver hold two windows, and never more.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_limit",
+        "_packets",
+        "_ranges",
+        "_stored",
+        "_uncredited",
+        "capacity",
+        "dropped",
+        "duplicates",
+        "end",
+        "next",
+        "readable",
+    )
+
+    def __init__(self, first: int = 0, capacity: int = RECEIVE_WINDOW) -> None:
+        #: Next number expected: everything before it has arrived.
+        self.next = first
+        #: Number of the peer's END packet, once known.
+        self.end: int | None = None
+        #: Bytes of the window when nothing is held.
+        self.capacity = capacity
+        #: In-order bytes waiting in `take`.
+        self.readable = 0
+        #: Packets that had arrived before, and packets beyond the window.
+        self.duplicates = 0
+        self.dropped = 0
+        self._chunks: deque[Buffer] = deque()
+        self._uncredited = 0
+        self._packets: dict[int, bytes] = {}
+        self._ranges = RangeSet()
+        self._stored = 0
+        self._limit = max(_MIN_PACKETS, capacity // 1024 * _PACKETS_PER_KIB)
+
+    @property
+    def window(self) -> int:
+        """Bytes the peer may send now."""
+        return max(0, self.capacity - self._uncredited - self._stored)
+
+    @property
+    def finished(self) -> bool:
+        """The peer's END and everything before it have arrived."""
+        return self.end is not None and self.next > self.end
+
+    def accept(self, seq: int, payload: bytes, end: bool) -> bool:
+        """Take a DATA or END packet (END without DATA: an empty payload). Returns whether
+        anything came into order."""
+        if seq < self.next or seq in self._packets:
+            self.duplicates += 1
+            return False
+        # A correct sender has nothing after END (spec: udx 2.4).
+        if self.end is not None and seq > self.end:
+            self.dropped += 1
+            return False
+        if seq != self.next:
+            self._store(seq, payload, end)
+            return False
+        if payload and self._uncredited >= self.capacity:
+            self.dropped += 1
+            return False
+        if end and self.end is None:
+            self.end = seq
+        self._append(payload)
+        self.next += 1
+        if self._packets:
+            self._advance()
+        return True
+
+    def take(self, limit: int | None = None) -> list[Buffer]:
+        """Up to ``limit`` of the in-order bytes (all of them for None)."""
+        if limit is None or limit >= self.readable:
+            taken = list(self._chunks)
+            self._chunks.clear()
+            self.readable = 0
+            return taken
+        taken = []
+        while limit > 0:
+            chunk = self._chunks.popleft()
+            if len(chunk) > limit:
+                self._chunks.appendleft(memoryview(chunk)[limit:])
+                chunk = memoryview(chunk)[:limit]
+            taken.append(chunk)
+            limit -= len(chunk)
+            self.readable -= len(chunk)
+        return taken
+
+    def credit(self, size: int) -> None:
+        """Give back to the window ``size`` bytes that `take` returned. Raises InvalidInput for
+        more than it did."""
+        if not 0 <= size <= self._uncredited - self.readable:
+            raise InvalidInput(f"credit {size} of {self._uncredited - self.readable} bytes read")
+        self._uncredited -= size
+
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """The lowest SACK blocks, ascending, as many as a packet takes (spec: udx 4.2)."""
+        return tuple(islice(self._ranges, MAX_SACK_BLOCKS)) if self._packets else ()
+
+    def discard(self) -> None:
+        """Forget what is out of order: nothing will come to fill the gaps."""
+        self._packets.clear()
+        self._ranges.clear()
+        self._stored = 0
+
+    def _store(self, seq: int, payload: bytes, end: bool) -> None:
+        full = self._uncredited + self._stored + len(payload) > self.capacity
+        if full or seq - self.next > self._limit:
+            self.dropped += 1
+            return
+        if end and self.end is None:
+            self.end = seq
+        self._packets[seq] = payload
+        self._ranges.add(seq, seq + 1)
+        self._stored += len(payload)
+
+    def _advance(self) -> None:
+        packets = self._packets
+        while not self.finished and (payload := packets.pop(self.next, None)) is not None:
+            self._stored -= len(payload)
+            self._append(payload)
+            self.next += 1
+        if self.finished:
+            self.discard()
+        elif self._ranges and self._ranges.first < self.next:
+            self._ranges.remove(self._ranges.first, self.next)
+
+    def _append(self, payload: bytes) -> None:
+        if not payload:
+            return
+        size = len(payload)
+        self.readable += size
+        self._uncredited += size
+        if size < _SMALL and self._chunks:
+            last = self._chunks[-1]
+            if isinstance(last, bytearray) and len(last) < _SMALL:
+                last += payload
+                return
+        self._chunks.append(payload if size >= _SMALL else bytearray(payload))

@@ -1,0 +1,331 @@
+"""Packets in flight: which are acknowledged, which are lost, how long the path takes.
+
+Nothing is kept for a single packet that goes its normal way. Packets that left together and carry
+consecutive bytes are one `Run`; what SACK, loss and retransmission make of single ones is kept in
+sets of ranges. Loss detection is RACK (RFC 8985; spec: udx 4.4). Packet numbers here have no
+wrap-around.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .ranges import RangeSet
+
+#: Seconds (spec: udx 4.4, 4.6).
+INITIAL_RTO = 1.0
+MIN_RTO = 1.0
+MAX_RTO = 30.0
+_MAX_RTT = 30.0
+#: A clock that has not moved between packet and ACK must not make the round trip 0.
+_MIN_RTT = 0.0001
+#: The minimum of the round trip is forgotten after this: routes change.
+_MIN_RTT_AGE = 300.0
+#: SACKed packets that prove a loss as long as no reordering has been seen.
+_DUPLICATE_THRESHOLD = 3
+#: Growth of the reordering window for each needless retransmission stops here.
+_MAX_REORDER_STEPS = 16
+
+
+@dataclass(slots=True)
+class Run:
+    """Packets that left at one time: ``first`` to ``end`` - 1, with ``size`` bytes each from
+    stream offset ``offset`` on, ``length`` bytes in all."""
+
+    first: int
+    end: int
+    offset: int
+    length: int
+    size: int
+    #: When it left, seconds.
+    sent: float
+    #: The last packet carries END.
+    fin: bool = False
+
+    def slice(self, seq: int) -> tuple[int, int]:
+        """Stream offset and length of a packet's payload."""
+        skipped = (seq - self.first) * self.size
+        return self.offset + skipped, min(self.size, self.length - skipped)
+
+
+@dataclass(slots=True)
+class Acknowledged:
+    """What an ACK told."""
+
+    #: Packets acknowledged for the first time, by number or by SACK.
+    packets: int = 0
+    #: The oldest outstanding number moved.
+    advanced: bool = False
+    #: There was a round-trip sample.
+    sampled: bool = False
+    #: The MTU probe arrived.
+    probe: bool = False
+
+
+def _first(run: Run) -> int:
+    return run.first
+
+
+class Flight:
+    """The packets from the oldest unacknowledged one to the newest sent."""
+
+    __slots__ = (
+        "_fack",
+        "_min_rtt",
+        "_min_rtt_at",
+        "_rack_end",
+        "_rack_rtt",
+        "_rack_sent",
+        "_reorder_steps",
+        "_reordering",
+        "_resent",
+        "_runs",
+        "_sacked",
+        "_touched",
+        "lost",
+        "next",
+        "probe",
+        "reorder_at",
+        "rto",
+        "rttvar",
+        "srtt",
+        "una",
+    )
+
+    def __init__(self, first: int = 0) -> None:
+        #: Oldest number not acknowledged, and the next to be used.
+        self.una = first
+        self.next = first
+        #: Number of the packet that probes a larger MTU.
+        self.probe: int | None = None
+        #: Lost and not sent again yet.
+        self.lost = RangeSet()
+        #: When packets that are late now will count as lost; None for no such packets.
+        self.reorder_at: float | None = None
+        #: Smoothed round trip in seconds, None before the first sample; retransmission timeout.
+        self.srtt: float | None = None
+        self.rttvar = 0.0
+        self.rto = INITIAL_RTO
+        self._runs: list[Run] = []
+        self._sacked = RangeSet()
+        # Retransmitted and outstanding: number -> when, oldest first.
+        self._resent: dict[int, float] = {}
+        # SACKed, lost or retransmitted: what is not here still is as it first left.
+        self._touched = RangeSet()
+        self._min_rtt = 0.0
+        self._min_rtt_at = 0.0
+        # The most recently sent packet that arrived: when, the number behind it, how long it took.
+        self._rack_sent = float("-inf")
+        self._rack_end = first
+        self._rack_rtt = 0.0
+        # Number behind the highest acknowledged one.
+        self._fack = first
+        self._reordering = False
+        self._reorder_steps = 1
+
+    @property
+    def outstanding(self) -> int:
+        """Packets sent and not cumulatively acknowledged."""
+        return self.next - self.una
+
+    @property
+    def in_flight(self) -> int:
+        """Packets that are on the way as far as is known (spec: udx 3.2)."""
+        return self.next - self.una - self._sacked.total - self.lost.total
+
+    @property
+    def sacked(self) -> int:
+        """Packets that arrived beyond a gap."""
+        return self._sacked.total
+
+    @property
+    def acknowledged_offset(self) -> int | None:
+        """Stream offset before which everything has arrived; None if nothing is outstanding."""
+        if not self._runs:
+            return None
+        run = self._runs[0]
+        return run.offset + min((self.una - run.first) * run.size, run.length)
+
+    def sent(self, run: Run) -> None:
+        """A run left; it begins at `next`."""
+        self._runs.append(run)
+        self.next = run.end
+
+    def find(self, seq: int) -> Run:
+        """The run of an outstanding packet."""
+        return self._runs[bisect_right(self._runs, seq, key=_first) - 1]
+
+    def resent(self, seq: int, now: float) -> Run:
+        """A packet is sent again; returns its run."""
+        self.lost.remove(seq, seq + 1)
+        self._touched.add(seq, seq + 1)
+        self._resent.pop(seq, None)
+        self._resent[seq] = now
+        return self.find(seq)
+
+    def newest(self) -> int | None:
+        """The highest outstanding number that is not SACKed."""
+        gaps = self._sacked.gaps(self.una, self.next)
+        return gaps[-1][1] - 1 if gaps else None
+
+    def acknowledge(self, ack: int, blocks: Iterable[tuple[int, int]], now: float) -> Acknowledged:
+        """Apply an ACK: everything before ``ack``, and the blocks. ``ack`` must not be beyond
+        `next`; one before `una` tells nothing, and senseless blocks are skipped (spec: udx 4.3)."""
+        result = Acknowledged()
+        fresh: list[tuple[int, int]] = []
+        if ack > self.una:
+            fresh = self._sacked.gaps(self.una, ack) if self._sacked else [(self.una, ack)]
+        lowest = max(ack, self.una)
+        for start, end in blocks:
+            if lowest <= start < end <= self.next:
+                fresh += self._sacked.add(start, end)
+                self._touched.add(start, end)
+        if fresh:
+            self._learn(fresh, now, result)
+        if ack > self.una:
+            self._advance(ack)
+            result.advanced = True
+        return result
+
+    def detect_losses(self, now: float, *, recovering: bool) -> list[tuple[int, int]]:
+        """Find what the packets that arrived prove lost, and set `reorder_at` for what may be.
+        Returns the ranges that are newly lost; ``recovering`` says whether a loss is being
+        repaired."""
+        self.reorder_at = None
+        if not self._sacked and not self._resent:
+            return []
+        patience = self._rack_rtt + self._reorder_window(recovering)
+        late: list[tuple[int, int]] = []
+        for run in self._runs:
+            if run.sent > self._rack_sent:
+                break
+            end = run.end if run.sent < self._rack_sent else min(run.end, self._rack_end)
+            gaps = self._touched.gaps(max(run.first, self.una), end)
+            if gaps and run.sent + patience <= now:
+                late += gaps
+            elif gaps:
+                self.reorder_at = run.sent + patience
+                break
+        for seq, sent in self._resent.items():
+            if (sent, seq) >= (self._rack_sent, self._rack_end):
+                break
+            if sent + patience > now:
+                when = sent + patience
+                self.reorder_at = when if self.reorder_at is None else min(when, self.reorder_at)
+                break
+            late.append((seq, seq + 1))
+        self._lose(late)
+        return late
+
+    def expire(self, now: float) -> list[tuple[int, int]]:
+        """The retransmission timeout passed: the oldest packet is lost, and all that are old
+        (spec: udx 4.6). Returns the ranges that are newly lost."""
+        patience = self._rack_rtt + self._reorder_window(recovering=True)
+        late: list[tuple[int, int]] = []
+        for run in self._runs:
+            begin = max(run.first, self.una)
+            end = run.end if run.sent + patience < now else min(run.end, self.una + 1)
+            late += self._touched.gaps(begin, end)
+        late += [
+            (seq, seq + 1)
+            for seq, sent in self._resent.items()
+            if sent + patience < now or seq == self.una
+        ]
+        self._lose(late)
+        return late
+
+    def clear(self) -> None:
+        """Forget what is outstanding; `next` and `una` stay for the headers of last packets."""
+        self._runs.clear()
+        self._resent.clear()
+        for ranges in (self._sacked, self.lost, self._touched):
+            ranges.clear()
+
+    def _lose(self, ranges: list[tuple[int, int]]) -> None:
+        for start, end in ranges:
+            self.lost.add(start, end)
+            self._touched.add(start, end)
+            if end - start == 1:
+                self._resent.pop(start, None)
+
+    def _learn(self, fresh: list[tuple[int, int]], now: float, result: Acknowledged) -> None:
+        """Take the round trip and the RACK mark from newly acknowledged ranges."""
+        latest: tuple[float, int] | None = None
+        fack = self._fack
+        for start, end in fresh:
+            result.packets += end - start
+            fack = max(fack, end)
+            if self.lost:
+                self.lost.remove(start, end)
+            untouched = [(start, end)]
+            if self._resent:
+                untouched = self._settle_resent(start, end, now)
+            for low, high in untouched:
+                run = self.find(high - 1)
+                if latest is None or (run.sent, high) > latest:
+                    latest = (run.sent, high)
+                if low < self._fack:
+                    self._reordering = True
+                if self.probe is not None and low <= self.probe < high:
+                    self.probe = None
+                    result.probe = True
+        self._fack = fack
+        if latest is None:
+            return
+        sent, end = latest
+        rtt = min(max(now - sent, _MIN_RTT), _MAX_RTT)
+        self._sample(rtt, now)
+        result.sampled = True
+        self._mark(sent, end, rtt)
+
+    def _settle_resent(self, start: int, end: int, now: float) -> list[tuple[int, int]]:
+        """Settle the retransmitted packets of a range; returns the parts sent only once."""
+        settled = [seq for seq in self._resent if start <= seq < end]
+        untouched = RangeSet()
+        untouched.add(start, end)
+        for seq in settled:
+            untouched.remove(seq, seq + 1)
+            sent = self._resent.pop(seq)
+            rtt = now - sent
+            if rtt >= self._min_rtt:
+                self._mark(sent, seq + 1, rtt)
+            else:
+                # No answer comes that soon: it was the first transmission that arrived, late.
+                self._reorder_steps = min(self._reorder_steps + 1, _MAX_REORDER_STEPS)
+                self._reordering = True
+        return list(untouched)
+
+    def _mark(self, sent: float, end: int, rtt: float) -> None:
+        if (sent, end) > (self._rack_sent, self._rack_end):
+            self._rack_sent, self._rack_end = sent, end
+        self._rack_rtt = rtt
+
+    def _sample(self, rtt: float, now: float) -> None:
+        if self._min_rtt == 0 or rtt <= self._min_rtt or now - self._min_rtt_at > _MIN_RTT_AGE:
+            self._min_rtt = rtt
+            self._min_rtt_at = now
+        if self.srtt is None:
+            self.srtt, self.rttvar = rtt, rtt / 2
+        else:
+            self.rttvar = (3 * self.rttvar + abs(self.srtt - rtt)) / 4
+            self.srtt = (7 * self.srtt + rtt) / 8
+        self.rto = min(max(self.srtt + 4 * self.rttvar, MIN_RTO), MAX_RTO)
+
+    def _reorder_window(self, recovering: bool) -> float:
+        if not self._reordering and (recovering or self._sacked.total >= _DUPLICATE_THRESHOLD):
+            return 0.0
+        return min(self._reorder_steps * self._min_rtt / 4, self.srtt or 0.0)
+
+    def _advance(self, ack: int) -> None:
+        self.una = ack
+        runs = self._runs
+        done = 0
+        while done < len(runs) and runs[done].end <= ack:
+            done += 1
+        del runs[:done]
+        if self._touched:
+            for ranges in (self._sacked, self.lost, self._touched):
+                if ranges and ranges.first < ack:
+                    ranges.remove(ranges.first, ack)

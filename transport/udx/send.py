@@ -1,0 +1,62 @@
+"""Bytes written to a stream, kept by reference until they are acknowledged."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from ..transmit import Buffer
+
+#: A packet made of more pieces than this is joined: the kernel takes 1024 pieces a call, and a run
+#: has up to 64 packets.
+_MAX_PIECES = 4
+
+
+class SendBuffer:
+    """A queue of buffers addressed by stream offset: how many bytes were written before."""
+
+    __slots__ = ("_chunks", "_starts", "end")
+
+    def __init__(self) -> None:
+        #: Offset behind the last byte written.
+        self.end = 0
+        self._chunks: list[memoryview] = []
+        self._starts: list[int] = []
+
+    def append(self, data: Buffer) -> None:
+        """Queue bytes behind those already there."""
+        view = memoryview(data)
+        if view.itemsize != 1 or view.ndim != 1:
+            view = view.cast("B")
+        if not view:
+            return
+        self._chunks.append(view)
+        self._starts.append(self.end)
+        self.end += len(view)
+
+    def pieces(self, offset: int, size: int) -> list[Buffer]:
+        """The ``size`` bytes at ``offset``, as few slices as possible."""
+        index = bisect_right(self._starts, offset) - 1
+        found: list[Buffer] = []
+        while size > 0:
+            begin = offset - self._starts[index]
+            piece = self._chunks[index][begin : begin + size]
+            found.append(piece)
+            offset += len(piece)
+            size -= len(piece)
+            index += 1
+        return found if len(found) <= _MAX_PIECES else [b"".join(found)]
+
+    def release(self, offset: int) -> None:
+        """Let go of the buffers that lie before ``offset`` as a whole."""
+        if offset >= self.end:
+            self.clear()
+            return
+        index = bisect_right(self._starts, offset) - 1
+        if index > 0:
+            del self._chunks[:index]
+            del self._starts[:index]
+
+    def clear(self) -> None:
+        """Let go of all buffers."""
+        self._chunks.clear()
+        self._starts.clear()
