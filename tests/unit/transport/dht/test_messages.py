@@ -47,9 +47,7 @@ def raw(value: str | None) -> bytes | None:
 
 def handshake(v: dict[str, Any]) -> HandshakeMessage:
     noise = bytes.fromhex(v["noise"])
-    return HandshakeMessage(
-        Mode(v["mode"]), noise, addr(v["peerAddress"]), addr(v["relayAddress"])
-    )
+    return HandshakeMessage(Mode(v["mode"]), noise, addr(v["peerAddress"]), addr(v["relayAddress"]))
 
 
 def holepunch(v: dict[str, Any]) -> HolepunchMessage:

@@ -1,0 +1,434 @@
+"""The shell of a HyperDHT node: sockets, clock and randomness for the sans-IO core.
+
+Whatever happens (datagrams, a deadline, a write on a channel) ends in one `_pump` for each turn of
+the event loop, so that what belongs together leaves together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from random import Random, SystemRandom
+
+from ..channel import Channel
+from ..errors import Closed, InvalidInput, LocalError
+from ..keys import KeyPair
+from ..transmit import CLIENT_SOCKET, SERVER_SOCKET, Address
+from ..udp import UdpSocket
+from ..udx.stream import Stream
+from .hyperdht import Connection, HyperDHT, HyperDHTConfig
+from .node import NodeConfig
+from .records import Stored
+from .server import Server
+
+#: Every interface: a node must be reached from wherever its peers are. What may be reached through
+#: it is decided by keys.
+ANY_HOST = "0.0.0.0"
+DEFAULT_PORT = 49737
+#: Seconds of write silence after which a channel proves that it lives.
+KEEP_ALIVE = 5.0
+#: Seconds that closing may take to tell the network, before it happens anyway.
+CLOSE_TIMEOUT = 5.0
+
+#: The public network (spec: hyperdht 2.13).
+PUBLIC_BOOTSTRAP = (
+    "88.99.3.86@node1.hyperdht.org:49737",
+    "142.93.90.113@node2.hyperdht.org:49737",
+    "138.68.147.8@node3.hyperdht.org:49737",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointConfig:
+    """How a node stands in the network."""
+
+    #: ``host:port`` or ``ip@name:port``; empty for a node that is itself the network's first.
+    bootstrap: tuple[str, ...] = PUBLIC_BOOTSTRAP
+    host: str = ANY_HOST
+    #: UDP port of the server socket; 0 takes a free one.
+    port: int = 0
+    #: True for a node of a private network: its own address is known, it stores and routes at once.
+    permanent: bool = False
+    #: Seconds by which answers to newcomers are late (spec: hyperdht 2.13).
+    find_node_delay: float = 0.0
+    key_pair: KeyPair | None = None
+
+
+class Endpoint:
+    """A running node. `open` it, `close` it; everything else happens on the running event loop."""
+
+    core: HyperDHT
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        self._loop = asyncio.get_running_loop()
+        self._sockets: dict[int, UdpSocket] = {}
+        self._channels: dict[Stream, Channel] = {}
+        # Channels by the time of their last write, oldest first: one timer serves all keep-alives.
+        self._written: dict[Channel, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._pumping = False
+        self._closed = False
+
+    @classmethod
+    async def open(cls, config: EndpointConfig, *, rng: Random | None = None) -> Endpoint:
+        """Bind both sockets and begin to bootstrap. Raises `LocalError` when an address cannot be
+        had, `InvalidInput` for a bad bootstrap text."""
+        bootstrap = await resolve(config.bootstrap)
+        endpoint = cls(SystemRandom() if rng is None else rng)
+        try:
+            endpoint._start(config, bootstrap)
+        except BaseException:
+            endpoint.kill()
+            raise
+        return endpoint
+
+    def _start(self, config: EndpointConfig, bootstrap: tuple[Address, ...]) -> None:
+        for which, port in ((SERVER_SOCKET, config.port), (CLIENT_SOCKET, 0)):
+            self._sockets[which] = UdpSocket(
+                config.host, port, partial(self._received, which), self._pump
+            )
+        server_port = self._sockets[SERVER_SOCKET].address[1]
+        self.core = HyperDHT(
+            HyperDHTConfig(
+                node=NodeConfig(
+                    bootstrap=bootstrap,
+                    public_address=(config.host, server_port) if config.permanent else None,
+                    find_node_delay=config.find_node_delay,
+                ),
+                key_pair=config.key_pair or KeyPair.generate(),
+                local_hosts=local_hosts(config.host),
+                epoch=time.time() - self._loop.time(),
+            ),
+            self._rng,
+        )
+        self.core.start(
+            self._loop.time(),
+            server_port=server_port,
+            client_port=self._sockets[CLIENT_SOCKET].address[1],
+        )
+        self.wake()
+
+    @property
+    def address(self) -> Address:
+        """Host and port of the server socket."""
+        return self._sockets[SERVER_SOCKET].address
+
+    @property
+    def channels(self) -> int:
+        """Channels that are open now."""
+        return len(self._channels)
+
+    async def ready(self) -> None:
+        """Until the bootstrap is over, however it went."""
+        waiter = self._loop.create_future()
+
+        def tell(_now: float) -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        if not self.core.node.ready:
+            self.core.on_ready.append(tell)
+            await waiter
+
+    async def connect(self, public_key: bytes, *, key_pair: KeyPair | None = None) -> Channel:
+        """A channel to whoever listens under the 32-byte key. It has no protocol yet: whoever gets
+        it sets one. Raises `ConnectError` when nobody can be reached, `InvalidInput` for a key that
+        cannot be one. Cancelling abandons the attempt."""
+        if self._closed:
+            raise Closed("the endpoint is closed: open another one")
+        waiter: asyncio.Future[Connection] = self._loop.create_future()
+
+        def opened(connection: Connection, now: float) -> None:
+            if waiter.done():
+                connection.stream.destroy(now)
+                return
+            waiter.set_result(connection)
+
+        def failed(error: Exception, _now: float) -> None:
+            if not waiter.done():
+                waiter.set_exception(error)
+
+        attempt = self.core.connect(
+            public_key, self._loop.time(), key_pair=key_pair, on_open=opened, on_error=failed
+        )
+        self.wake()
+        try:
+            connection = await waiter
+        except asyncio.CancelledError:
+            attempt.cancel(self._loop.time())
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                waiter.result().stream.destroy(self._loop.time())
+            self.wake()
+            raise
+        return self._channel(connection)
+
+    async def listen(
+        self,
+        key_pair: KeyPair,
+        on_channel: Callable[[Channel], None],
+        *,
+        allow: frozenset[bytes] | None = None,
+    ) -> Listener:
+        """Announce the key and accept. ``allow`` is the set of client keys that get an answer at
+        all; None admits everybody. Returns once the first announcements are out."""
+        if self._closed:
+            raise Closed("the endpoint is closed: open another one")
+        waiter: asyncio.Future[None] = self._loop.create_future()
+
+        def rejects(remote_public_key: bytes, _address: Address) -> bool:
+            return allow is not None and remote_public_key not in allow
+
+        def listening(_now: float) -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        def connected(connection: Connection, _now: float) -> None:
+            on_channel(self._channel(connection))
+
+        server = self.core.listen(
+            key_pair,
+            self._loop.time(),
+            firewall=rejects,
+            on_connection=connected,
+            on_listening=listening,
+        )
+        self.wake()
+        listener = Listener(self, server)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            server.close(self._loop.time(), lambda _now: None)
+            self.wake()
+            raise
+        return listener
+
+    async def announce(self, topic: bytes, key_pair: KeyPair) -> int:
+        """Tell the DHT that the key is found under a topic of 32 bytes, for some 20 minutes. How
+        many nodes took it."""
+        waiter: asyncio.Future[int] = self._loop.create_future()
+
+        def stored(result: Stored, _now: float) -> None:
+            if not waiter.done():
+                waiter.set_result(result.nodes)
+
+        query = self.core.records.announce(topic, key_pair, self._loop.time(), stored)
+        self.wake()
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            query.cancel()
+            raise
+
+    async def close(self) -> None:
+        """Unannounce everything, destroy what is open, close the sockets. Harmless twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for channel in list(self._channels.values()):
+            channel.abort()
+        done = self._loop.create_future()
+
+        def closed(_now: float) -> None:
+            if not done.done():
+                done.set_result(None)
+
+        self.core.close(self._loop.time(), closed)
+        self.wake()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(done, CLOSE_TIMEOUT)
+        self._pump_now()
+        self.kill()
+
+    def kill(self) -> None:
+        """Close the sockets at once, tell nobody."""
+        self._closed = True
+        for channel in list(self._channels.values()):
+            channel.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for udp in self._sockets.values():
+            udp.close()
+
+    # The pump
+
+    def wake(self) -> None:
+        """Pump once, at the end of this turn of the loop."""
+        if not self._pumping:
+            self._pumping = True
+            self._loop.call_soon(self._pump_now)
+
+    def _received(self, which: int, datagram: bytes, source: Address) -> None:
+        self.core.receive(datagram, which, source, self._loop.time())
+
+    def _pump(self) -> None:
+        self._pumping = True
+        self._pump_now()
+
+    def _pump_now(self) -> None:
+        self._pumping = False
+        core = self.core
+        channels = self._channels
+        for stream in core.mux.poll():
+            channel = channels.get(stream)
+            if channel is not None:
+                channel.stream_changed()
+        sockets = self._sockets
+        for transmit in core.transmits(self._loop.time()):
+            udp = sockets.get(transmit.socket)
+            if udp is not None:
+                udp.send(transmit)
+        self._arm()
+
+    def _arm(self) -> None:
+        deadline = self.core.deadline()
+        if self._written:
+            oldest = next(iter(self._written.values())) + KEEP_ALIVE
+            deadline = oldest if deadline is None else min(deadline, oldest)
+        timer = self._timer
+        if deadline is None or not self._sockets:
+            if timer is not None:
+                timer.cancel()
+                self._timer = None
+            return
+        if timer is not None:
+            # A timer that rings too early costs one look; arming anew for each packet costs more.
+            if timer.when() <= deadline and not timer.cancelled():
+                return
+            timer.cancel()
+        self._timer = self._loop.call_at(deadline, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        self.core.on_deadline(now)
+        while self._written:
+            channel, written = next(iter(self._written.items()))
+            if written + KEEP_ALIVE > now:
+                break
+            channel.keep_alive()
+            self._wrote(channel)
+        self._pump()
+
+    # Channels
+
+    def _channel(self, connection: Connection) -> Channel:
+        channel = Channel(
+            connection.stream,
+            connection.handshake,
+            self._rng,
+            wake=self.wake,
+            wrote=self._wrote,
+            closed=self._forget,
+        )
+        self._channels[connection.stream] = channel
+        return channel
+
+    def _wrote(self, channel: Channel) -> None:
+        self._written.pop(channel, None)
+        self._written[channel] = self._loop.time()
+
+    def _forget(self, channel: Channel) -> None:
+        self._channels.pop(channel.stream, None)
+        self._written.pop(channel, None)
+
+
+class Listener:
+    """A key that is announced and accepts connections, until it is closed."""
+
+    def __init__(self, endpoint: Endpoint, server: Server) -> None:
+        self._endpoint = endpoint
+        self._server = server
+
+    @property
+    def public_key(self) -> bytes:
+        """The 32 bytes that clients connect to."""
+        return self._server.public_key
+
+    async def close(self) -> None:
+        """Accept nothing more and unannounce. Connections that are open stay open."""
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+
+        def closed(_now: float) -> None:
+            if not done.done():
+                done.set_result(None)
+
+        self._server.close(loop.time(), closed)
+        self._endpoint.wake()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(done, CLOSE_TIMEOUT)
+
+    def kill(self) -> None:
+        """As `close`, without waiting for the network."""
+        self._server.close(asyncio.get_running_loop().time(), lambda _now: None)
+        self._endpoint.wake()
+
+
+async def resolve(bootstrap: Sequence[str]) -> tuple[Address, ...]:
+    """IPv4 addresses of ``host:port`` or ``ip@name:port`` entries; a name that does not resolve is
+    left out as long as another entry is left. Raises `InvalidInput` for a text of another form."""
+    loop = asyncio.get_running_loop()
+    addresses: list[Address] = []
+    unresolved = ""
+    for text in bootstrap:
+        host, port = parse_address(text)
+        try:
+            found = await loop.getaddrinfo(host, port, family=socket.AF_INET)
+        except OSError:
+            unresolved = host
+            continue
+        addresses.append((str(found[0][4][0]), port))
+    if unresolved and not addresses:
+        raise LocalError(f"bootstrap node {unresolved} has no address: check the name and the DNS")
+    return tuple(addresses)
+
+
+def parse_address(text: str) -> Address:
+    """Host and port of ``host:port`` or ``ip@name:port`` (then the ip). Raises `InvalidInput`."""
+    host, separator, port = text.strip().rpartition(":")
+    host = host.partition("@")[0]
+    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InvalidInput(f"{text!r} is not HOST:PORT with a port from 1 to 65535")
+    return host, int(port)
+
+
+def local_hosts(host: str) -> tuple[str, ...]:
+    """The IPv4 addresses under which peers on the same host or LAN reach a socket bound to
+    ``host``: itself, or those of all interfaces but the loopback (spec: hyperdht 4.4)."""
+    if host != ANY_HOST:
+        return (host,)
+    return tuple(dict.fromkeys(_interface_hosts())) or ("127.0.0.1",)
+
+
+def _interface_hosts() -> Sequence[str]:
+    if sys.platform != "linux":
+        try:
+            hosts: Sequence[str] = socket.gethostbyname_ex(socket.gethostname())[2]
+        except OSError:
+            return ()
+        return [host for host in hosts if not ipaddress.ip_address(host).is_loopback]
+    import fcntl
+
+    siocgifaddr = 0x8915
+    hosts = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), siocgifaddr, request)
+            except OSError:
+                continue  # an interface without an IPv4 address
+            found = socket.inet_ntoa(answer[20:24])
+            if not ipaddress.ip_address(found).is_loopback:
+                hosts.append(found)
+    return hosts

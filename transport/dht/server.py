@@ -1,0 +1,310 @@
+"""A server: accepts handshakes for one key pair (spec: hyperdht 4).
+
+What becomes of a handshake (spec: hyperdht 4.2; "client" is its sender as we or the relay see it):
+
+    client OPEN, or no relay between   -> connect to it at once
+    otherwise                          -> wait 10 s for its first packet, from wherever
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .. import keys
+from ..errors import DecodeError, HandshakeError
+from ..keys import KeyPair, blake2b
+from ..noise import MESSAGE_1_OVERHEAD, Responder
+from ..transmit import Address
+from ..udx.stream import Stream
+from .announcer import Announcer
+from .context import Connection, Context, admit
+from .messages import VERSION, Firewall, NoisePayload, PeerError, PeerRecord, Relay, UdxInfo
+from .router import Incoming
+from .timers import Timer
+
+#: Seconds that a client has to send its first packet.
+HANDSHAKE_WAIT = 10.0
+#: Seconds that a finished handshake is remembered, so that late copies get the same answer.
+HANDSHAKE_MEMORY = 10.0
+#: Handshakes whose client has not sent anything yet: each has a stream.
+MAX_WAITING = 8192
+#: Handshakes remembered in all, the waiting ones included; more than anybody can have computed
+#: within `HANDSHAKE_MEMORY`.
+MAX_SESSIONS = 65_536
+#: Relay addresses that clients are told.
+MAX_RELAY_ADDRESSES = 3
+
+
+@dataclass(slots=True)
+class Stats:
+    """What happened to handshakes."""
+
+    accepted: int = 0
+    #: Copies that got the first one's answer, or as little as it.
+    copies: int = 0
+    #: Bytes that are no handshake of this protocol.
+    malformed: int = 0
+    #: Refused by the firewall hook.
+    rejected: int = 0
+    #: Beyond a limit of ours.
+    limited: int = 0
+    #: Answered, but the client never sent anything.
+    abandoned: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    """One handshake, by whatever ways its copies arrive."""
+
+    #: None while there is none, and for good if there will be none.
+    answer: bytes | None = None
+    stream: Stream | None = None
+    timer: Timer | None = None
+
+
+class Server:
+    """See `HyperDHT.listen`."""
+
+    __slots__ = (
+        "_announcer",
+        "_closed",
+        "_context",
+        "_finished",
+        "_firewall",
+        "_forgetting",
+        "_key_pair",
+        "_on_close",
+        "_on_connection",
+        "_on_listening",
+        "_sessions",
+        "_waiting",
+        "stats",
+    )
+
+    def __init__(
+        self,
+        context: Context,
+        key_pair: KeyPair,
+        *,
+        firewall: Callable[[bytes, Address], bool] | None,
+        on_connection: Callable[[Connection, float], None],
+        on_listening: Callable[[float], None] | None,
+        on_close: Callable[[Server], None],
+    ) -> None:
+        self._context = context
+        self._key_pair = key_pair
+        self._firewall = firewall
+        self._on_connection = on_connection
+        self._on_listening = on_listening
+        self._on_close = on_close
+        self._announcer = Announcer(context.node, key_pair, self._announced)
+        # By the hash of message 1: copies of one handshake come through several relays.
+        self._sessions: dict[bytes, _Session] = {}
+        self._waiting = 0
+        # Those that are over, by the time at which they are forgotten.
+        self._finished: deque[tuple[float, bytes]] = deque()
+        self._forgetting: Timer | None = None
+        self._closed = False
+        self.stats = Stats()
+
+    @property
+    def public_key(self) -> bytes:
+        """The 32 bytes that clients connect to."""
+        return self._key_pair.public_key
+
+    @property
+    def target(self) -> bytes:
+        """Where the key lives in the DHT: 32 bytes."""
+        return keys.target(self.public_key)
+
+    @property
+    def relays(self) -> tuple[Relay, ...]:
+        """The nodes that forward to this server now."""
+        return self._announcer.relays
+
+    def record(self) -> bytes:
+        """What the node itself answers to whoever looks for this server."""
+        return PeerRecord(self.public_key, self._relay_addresses()).encode()
+
+    def refresh(self, now: float) -> None:
+        """Announce now."""
+        self._announcer.refresh(now)
+
+    def close(self, now: float, on_closed: Callable[[float], None]) -> None:
+        """Accept nothing more and unannounce; ``on_closed`` is called when that is done. Open
+        connections stay."""
+        if self._closed:
+            on_closed(now)
+            return
+        self._closed = True
+        self._on_close(self)
+        self._context.router.unserve(self.target)
+        self._context.forwards.unserve(self.target)
+        if self._forgetting is not None:
+            self._forgetting.cancel()
+        for session in self._sessions.values():
+            if session.timer is not None and session.stream is not None:
+                session.timer.cancel()
+                session.stream.destroy(now)
+        self._sessions.clear()
+        self._announcer.close(now, on_closed)
+
+    def _announced(self, now: float) -> None:
+        on_listening, self._on_listening = self._on_listening, None
+        if on_listening is not None:
+            on_listening(now)
+
+    # Handshakes
+
+    def on_handshake(self, incoming: Incoming, answer: Callable[[bytes], None], now: float) -> None:
+        """Take Noise message 1; answer it with message 2, or not at all."""
+        if self._closed:
+            return
+        name = blake2b(incoming.noise)
+        session = self._sessions.get(name)
+        if session is not None:
+            self.stats.copies += 1
+            if session.answer is not None:
+                answer(session.answer)
+            return
+        if len(incoming.noise) < MESSAGE_1_OVERHEAD:
+            self.stats.malformed += 1
+            return
+        if not self._admits(incoming, now):
+            self.stats.limited += 1
+            return
+        # Entered before anything is done with it, so that copies find it.
+        session = self._sessions[name] = _Session()
+        if not self._respond(session, name, incoming, answer, now):
+            self._finish(name, now)
+
+    def _admits(self, incoming: Incoming, now: float) -> bool:
+        context, sender, client = self._context, incoming.sender[0], incoming.client_address[0]
+        if self._waiting >= MAX_WAITING or len(self._sessions) >= MAX_SESSIONS:
+            return False
+        if not context.client_garbage.allows(client, now):
+            return False
+        return context.sender_garbage.allows(sender, now) and context.computed.take(sender, now)
+
+    def _respond(
+        self,
+        session: _Session,
+        name: bytes,
+        incoming: Incoming,
+        answer: Callable[[bytes], None],
+        now: float,
+    ) -> bool:
+        """Whether the session goes on, or has a connection."""
+        context = self._context
+        responder = Responder(
+            self._key_pair,
+            prologue=keys.NS_PEER_HANDSHAKE,
+            ephemeral_seed=context.rng.randbytes(keys.SEED_BYTES),
+        )
+        try:
+            payload = NoisePayload.decode(responder.read(incoming.noise))
+        except (HandshakeError, DecodeError):
+            self.stats.malformed += 1
+            context.client_garbage.take(incoming.client_address[0], now)
+            context.sender_garbage.take(incoming.sender[0], now)
+            return False
+        if self._firewall is not None and self._firewall(
+            responder.remote_public_key, incoming.client_address
+        ):
+            self.stats.rejected += 1
+            return False
+        error = PeerError.NONE
+        if payload.version != VERSION:
+            error = PeerError.VERSION_MISMATCH
+        elif payload.udx is None:
+            error = PeerError.ABORTED
+        stream = context.mux.create() if error == PeerError.NONE else None
+        session.answer, handshake = responder.message(self._payload(error, stream).encode())
+        answer(session.answer)
+        if stream is None or payload.udx is None:
+            return False
+        session.stream = stream
+        remote_id = payload.udx.id
+
+        def adopt(socket: int, address: Address, now: float) -> None:
+            stream.firewall = admit
+            stream.connect(socket, remote_id, address, now)
+            self._finish(name, now)
+            self.stats.accepted += 1
+            self._on_connection(Connection(stream, handshake, address), now)
+
+        if payload.firewall == Firewall.OPEN or incoming.direct:
+            socket = incoming.socket if incoming.direct else context.node.current_socket
+            adopt(socket, incoming.client_address, now)
+        else:
+            self._wait(session, name, stream, adopt, now)
+        return True
+
+    def _wait(
+        self,
+        session: _Session,
+        name: bytes,
+        stream: Stream,
+        adopt: Callable[[int, Address, float], None],
+        now: float,
+    ) -> None:
+        """Connect with the client's first packet, from wherever it comes."""
+
+        def first_packet(_stream: Stream, socket: int, source: Address, now: float) -> bool:
+            adopt(socket, source, now)
+            return True
+
+        def give_up(now: float) -> None:
+            self.stats.abandoned += 1
+            stream.destroy(now)
+            self._finish(name, now)
+
+        self._waiting += 1
+        stream.firewall = first_packet
+        session.timer = self._context.node.timers.at(now + HANDSHAKE_WAIT, give_up)
+
+    def _payload(self, error: PeerError, stream: Stream | None) -> NoisePayload:
+        if stream is None:
+            return NoisePayload(error=error)
+        return NoisePayload(
+            # No holepunch field: clients then come straight to us (spec: hyperdht 5.3).
+            firewall=self._context.firewall,
+            addresses4=self._context.addresses(),
+            # The reusable flag obliges a server to answer handshakes on the connection's socket for
+            # a while after the connection (spec: hyperdht 4.5). Ours is always one of the two main
+            # sockets, which stay open and answer as long as the node lives.
+            udx=UdxInfo(stream.local_id, reusable_socket=True),
+            secret_stream=True,
+            relay_addresses=self._relay_addresses() or None,
+        )
+
+    def _relay_addresses(self) -> tuple[Address, ...]:
+        own = self._context.node.remote_address()
+        relays = tuple(relay.relay_address for relay in self._announcer.relays)
+        return (((own,) if own else ()) + relays)[:MAX_RELAY_ADDRESSES]
+
+    # Memory
+
+    def _finish(self, name: bytes, now: float) -> None:
+        """A session is over: remember its answer a little longer."""
+        session = self._sessions.get(name)
+        if session is None:
+            return
+        session.stream = None
+        if session.timer is not None:
+            session.timer.cancel()
+            session.timer = None
+            self._waiting -= 1
+        self._finished.append((now + HANDSHAKE_MEMORY, name))
+        if self._forgetting is None:
+            self._forgetting = self._context.node.timers.at(now + HANDSHAKE_MEMORY, self._forget)
+
+    def _forget(self, now: float) -> None:
+        finished = self._finished
+        while finished and finished[0][0] <= now:
+            self._sessions.pop(finished.popleft()[1], None)
+        self._forgetting = (
+            self._context.node.timers.at(finished[0][0], self._forget) if finished else None
+        )
