@@ -1,0 +1,323 @@
+"""The byte stream that a pipe sees: a secret stream on a UDX stream, as an asyncio transport.
+
+It speaks asyncio's vocabulary on both sides (`asyncio.Transport`, `asyncio.Protocol`), so whatever
+runs on a TCP connection runs on a channel. A message of the peer arrives as one ``data_received``.
+
+What a process holds for one direction of one channel is bounded: received bytes count against the
+stream's receive window until the protocol has taken them and is not pausing, and `pause_writing` is
+called at `WRITE_HIGH` bytes that are not in flight yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from random import Random
+from typing import Any, cast
+
+from .errors import Broken, ProtocolError
+from .noise import Handshake
+from .secret_stream import SecretStream, StreamError
+from .transmit import Buffer
+from .udx.stream import Stream
+
+#: Plain bytes in one message. Peers send at most 65,536 (one TCP read); a multiple of 16 keeps the
+#: cipher on whole blocks.
+MESSAGE = 65_536
+#: A longer message than this from a peer ends the channel: more than a receive window has room for.
+MAX_MESSAGE = 256 * 1024
+#: Bytes read from the stream before the protocol is asked whether it wants more.
+READ = 65_536
+#: Bytes written and not yet in flight at which the protocol is asked to pause, and to go on.
+WRITE_HIGH = 65_536
+WRITE_LOW = 16_384
+#: Seconds that an ended channel waits for the peer's end before it is destroyed.
+LINGER = 30.0
+
+
+class Channel(asyncio.Transport):
+    """One encrypted, ordered, reliable connection with a peer.
+
+    ``wake()`` asks the owner to move bytes soon; ``wrote(channel)`` tells it that something was
+    written, which is what keep-alives are timed by.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        handshake: Handshake,
+        rng: Random,
+        *,
+        wake: Callable[[], None],
+        wrote: Callable[[Channel], None],
+        closed: Callable[[Channel], None],
+    ) -> None:
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
+        self._stream = stream
+        self._handshake = handshake
+        self._secret = SecretStream(handshake, rng, max_message=MAX_MESSAGE)
+        self._wake = wake
+        self._wrote = wrote
+        self._on_closed = closed
+        self._protocol: asyncio.BaseProtocol | None = None
+        # Decrypted messages that came in one read with the one at which the protocol paused.
+        self._pending: deque[bytes] = deque()
+        # Bytes taken out of the stream that its window has not got back yet.
+        self._uncredited = 0
+        self._paused = False
+        self._writing_paused = False
+        self._high, self._low = WRITE_HIGH, WRITE_LOW
+        self._eof_written = False
+        self._eof_delivered = False
+        self._closing = False
+        self._lost = False
+        #: Plain bytes delivered and written.
+        self.bytes_moved = 0
+        self._linger: asyncio.TimerHandle | None = None
+        stream.write(self._secret.start(), self._loop.time())
+        wrote(self)
+        wake()
+
+    @property
+    def public_key(self) -> bytes:
+        """Our own 32 bytes in this connection."""
+        return self._handshake.public_key
+
+    @property
+    def remote_public_key(self) -> bytes:
+        """The peer's 32 bytes, proven by the handshake."""
+        return self._handshake.remote_public_key
+
+    @property
+    def stream(self) -> Stream:
+        """The UDX stream underneath."""
+        return self._stream
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """``public_key``, ``remote_public_key`` (32 bytes), ``peername`` (host, port)."""
+        if name == "peername":
+            return self._stream.address
+        if name in {"public_key", "remote_public_key"}:
+            return getattr(self, name)
+        return default
+
+    # Protocol
+
+    @property
+    def has_protocol(self) -> bool:
+        """Whether anybody has taken the channel over."""
+        return self._protocol is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether both directions have ended: nothing more will come or go."""
+        return self._eof_written and self._eof_delivered
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Who gets what arrives. Before there is a protocol, nothing is read from the stream: the
+        window holds the peer."""
+        first = self._protocol is None
+        self._protocol = protocol
+        if first:
+            protocol.connection_made(self)
+            self._loop.call_soon(self.stream_changed)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        if self._protocol is None:
+            raise RuntimeError("the channel has no protocol yet: call set_protocol first")
+        return self._protocol
+
+    # Reading
+
+    def is_reading(self) -> bool:
+        return not self._paused
+
+    def pause_reading(self) -> None:
+        """Deliver nothing more; the window closes as the peer fills it."""
+        self._paused = True
+
+    def resume_reading(self) -> None:
+        if not self._paused:
+            return
+        self._paused = False
+        self._loop.call_soon(self.stream_changed)
+
+    def stream_changed(self) -> None:
+        """Deliver what the stream has. The owner calls it when the stream has changed."""
+        if self._lost:
+            return
+        try:
+            self._deliver()
+        except ProtocolError as error:
+            self._fail(error)
+            return
+        self._control_writing()
+        self._finish_if_closed()
+
+    def _deliver(self) -> None:
+        if self._protocol is None:
+            return
+        stream, secret = self._stream, self._secret
+        while True:
+            while self._pending and self.is_reading():
+                self._data_received(self._pending.popleft())
+            if self._pending or not stream.readable or not self.is_reading():
+                break
+            for chunk in stream.read(READ):
+                self._uncredited += len(chunk)
+                try:
+                    self._pending.extend(secret.receive(chunk))
+                except StreamError as error:
+                    # What came whole before the damage is the peer's word, and is delivered.
+                    for message in (*self._pending, *error.messages):
+                        self._data_received(message)
+                    raise
+        self._credit()
+        if stream.remote_ended and not (stream.readable or self._pending or self._paused):
+            self._end_reading()
+
+    def _data_received(self, data: bytes) -> None:
+        if not self._closing:
+            self.bytes_moved += len(data)
+            cast(asyncio.Protocol, self._protocol).data_received(data)
+
+    def _credit(self) -> None:
+        # While the protocol pauses, the last read stays on the window's account. An incomplete
+        # message must not close the window on its own rest.
+        if self._uncredited and (not self._paused or self._secret.buffered > READ):
+            self._stream.credit(self._uncredited, self._loop.time())
+            self._uncredited = 0
+            self._wake()
+
+    def _end_reading(self) -> None:
+        if self._eof_delivered:
+            return
+        self._eof_delivered = True
+        if self._secret.buffered:
+            raise ProtocolError("the peer's stream ended inside a message")
+        if self._closing:
+            return
+        keep_open = cast(asyncio.Protocol, self._protocol).eof_received()
+        if not keep_open:
+            self.close()
+
+    # Writing
+
+    def write(self, data: Buffer) -> None:
+        """Encrypt and queue; messages of at most `MESSAGE` bytes each. Ignored once the connection
+        is lost, as asyncio's transports do."""
+        if self._eof_written:
+            raise RuntimeError("the channel's writing side has ended")
+        if self._lost or self._stream.closed or not data:
+            return
+        now = self._loop.time()
+        view = memoryview(data)
+        for start in range(0, len(view), MESSAGE):
+            for frame in self._secret.encrypt(view[start : start + MESSAGE]):
+                self._stream.write(frame, now)
+        self.bytes_moved += len(view)
+        self._wrote(self)
+        self._wake()
+        self._control_writing()
+
+    def keep_alive(self) -> None:
+        """Write the empty message that keeps NATs open and finds dead peers (spec:
+        secure-stream-and-registry 4.5)."""
+        if self._eof_written or self._lost or self._stream.closed:
+            return
+        for frame in self._secret.keep_alive():
+            self._stream.write(frame, self._loop.time())
+        self._wake()
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        """End our direction behind everything written; the other stays open."""
+        if self._eof_written or self._lost:
+            return
+        self._eof_written = True
+        if not self._stream.closed:
+            self._stream.end(self._loop.time())
+            self._wake()
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes written that are not in flight yet."""
+        return self._stream.unsent
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return self._low, self._high
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._high = WRITE_HIGH if high is None else high
+        self._low = self._high // 4 if low is None else low
+        self._control_writing()
+
+    def _control_writing(self) -> None:
+        if self._protocol is None or self._lost:
+            return
+        unsent = self._stream.unsent
+        if not self._writing_paused and unsent > self._high:
+            self._writing_paused = True
+            self._protocol.pause_writing()
+        elif self._writing_paused and unsent <= self._low:
+            self._writing_paused = False
+            self._protocol.resume_writing()
+
+    # Closing
+
+    def is_closing(self) -> bool:
+        return self._closing or self._lost
+
+    def close(self) -> None:
+        """End our direction, drop what still arrives, and be closed when the peer has everything
+        and has ended too, or after `LINGER` seconds."""
+        if self._closing or self._lost:
+            return
+        self._closing = True
+        self._paused = False
+        self.write_eof()
+        self._linger = self._loop.call_later(LINGER, self.abort)
+        self._loop.call_soon(self.stream_changed)
+
+    def abort(self) -> None:
+        """Destroy the stream at once; the peer sees a reset."""
+        if not self._stream.closed:
+            self._stream.destroy(self._loop.time())
+            self._wake()
+        self._lose(None)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._stream.closed:
+            self._stream.destroy(self._loop.time())
+            self._wake()
+        self._lose(error)
+
+    def _finish_if_closed(self) -> None:
+        stream = self._stream
+        if not stream.closed or self._lost:
+            return
+        error = stream.error
+        if error is None:
+            # A clean close: what has not been delivered yet is delivered first.
+            if self._protocol is not None and (self._eof_delivered or self._closing):
+                self._lose(None)
+            return
+        if self.ended and isinstance(error, Broken):
+            # Everything arrived; only the acknowledgement of the end was lost (spec: udx 8.10).
+            error = None
+        self._lose(error)
+
+    def _lose(self, error: Exception | None) -> None:
+        if self._lost:
+            return
+        self._lost = True
+        self._pending.clear()
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+        self._on_closed(self)
+        if self._protocol is not None:
+            self._loop.call_soon(self._protocol.connection_lost, error)
