@@ -1,0 +1,553 @@
+"""The Supervisor actor: starts children in order, restarts them by strategy, gives up beyond an
+intensity.
+
+Words and meanings are those of Erlang/OTP's supervisor, with these differences:
+
+- Restarts after the first are delayed by a backoff with jitter.
+- A child with `wait_ready` counts as started when it says that it serves, not when it exists. Until
+  then the children after it wait.
+- A child that fails while the supervisor itself starts is an ordinary failure and restarted; OTP
+  gives up. On a network, the first attempt is no more telling than the second.
+- A supervisor that gives up exits abnormally, so that also a parent for which it is transient
+  restarts it.
+
+What is to be done follows from where things stand rather than from what happened: each event notes
+what it changes, and calls `_proceed`. That stops what has to be down, the youngest first, and then
+starts what has to be up, the eldest first.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .actors.actor import (
+    Actor,
+    ActorAddress,
+    Exited,
+    ExitReason,
+    InvalidInput,
+    Ready,
+    Timer,
+    handles,
+)
+
+Strategy = Literal["one_for_one", "one_for_all", "rest_for_one", "simple_one_for_one"]
+Restart = Literal["permanent", "transient", "temporary"]
+
+GAVE_UP = ExitReason("reached maximum restart intensity")
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """One child, which its supervisor knows by `id`.
+
+    `restart`: permanent always, transient after an abnormal exit, temporary never. `shutdown` is
+    the seconds it gets to stop before it is killed; 0 kills at once. `wait_ready` is the seconds
+    within which it has to say that it serves, or else it is killed as a failure; None takes it as
+    serving from the start.
+    """
+
+    id: str
+    actor: type[Actor]
+    args: object = None
+    restart: Restart = "permanent"
+    shutdown: float = 5.0
+    wait_ready: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.id or "/" in self.id:
+            raise InvalidInput(f"a child's id has at least one character and no slash: {self.id!r}")
+        if self.restart not in get_args(Restart):
+            raise InvalidInput(f"restart is one of {get_args(Restart)}, not {self.restart!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How long a failed child waits for its restart.
+
+    The first restart is immediate. The n-th after it waits `initial * factor ** (n - 1)` seconds,
+    `maximum` at most, of which a random part of up to `jitter` (0 to 1) is taken off. A child that
+    ran for `quiet` seconds begins anew.
+    """
+
+    initial: float = 0.1
+    maximum: float = 10.0
+    factor: float = 2.0
+    jitter: float = 0.5
+    quiet: float = 30.0
+
+    def delay(self, failures: int, rng: random.Random) -> float:
+        """Seconds to wait after this many failures (1 or more) without a quiet time between."""
+        if failures <= 1:
+            return 0.0
+        # The exponent is bounded as a float's range is; the maximum is reached long before.
+        delay = min(self.initial * self.factor ** min(failures - 2, 64), self.maximum)
+        return delay * (1 - self.jitter * rng.random())
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorSpec:
+    """The children of a supervisor, in the order of their start.
+
+    one_for_one restarts the one that failed, rest_for_one it and those after it, one_for_all all of
+    them. simple_one_for_one takes one child as a template for any number, started on demand.
+    More than `intensity` restarts within `period` seconds make the supervisor stop its children and
+    exit. `rng` decides the jitter.
+    """
+
+    strategy: Strategy
+    children: tuple[ChildSpec, ...]
+    intensity: int = 3
+    period: float = 5.0
+    backoff: Backoff = Backoff()
+    rng: random.Random | None = None
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise InvalidInput(f"strategy is one of {get_args(Strategy)}, not {self.strategy!r}")
+        if self.strategy == "simple_one_for_one" and len(self.children) != 1:
+            raise InvalidInput("simple_one_for_one takes exactly one child, the template")
+        if len({child.id for child in self.children}) < len(self.children):
+            raise InvalidInput("two children have the same id: give each its own")
+        if self.intensity < 0 or self.period <= 0:
+            raise InvalidInput("intensity is 0 or more, and period more than 0 seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class StartChild:
+    """Start another child of a simple_one_for_one supervisor, by default with the template's args
+    and the next number as its id. Answer: `ChildStarted`, when it serves, or `ChildRefused`."""
+
+    args: object = None
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChildStarted:
+    address: ActorAddress
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChildRefused:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TerminateChild:
+    """Stop a child, which is not restarted unless its siblings' failure restarts it with them.
+    Answer: `ChildTerminated`, when it is gone, or `ChildRefused`."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChildTerminated:
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WhichChildren:
+    """Answer: `Children`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildStatus:
+    """A child and its address, which is None while it is down."""
+
+    id: str
+    address: ActorAddress | None
+    ready: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Children:
+    """All children in the order of their start."""
+
+    children: tuple[ChildStatus, ...]
+
+
+class _Child:
+    """Where one child stands."""
+
+    __slots__ = (
+        "address",
+        "args",
+        "done",
+        "failures",
+        "id",
+        "position",
+        "served_once",
+        "serving",
+        "spec",
+        "started",
+        "starter",
+        "stopping",
+        "terminators",
+        "timer",
+    )
+
+    def __init__(self, spec: ChildSpec, id: str, args: object, position: int) -> None:  # noqa: A002
+        self.spec = spec
+        self.id = id
+        self.args = args
+        # In the order of start, from 0.
+        self.position = position
+        # None while it is down.
+        self.address: ActorAddress | None = None
+        self.started = 0.0
+        self.serving = False
+        self.served_once = False
+        # It was asked to stop.
+        self.stopping = False
+        # It is not to be started: it finished, or was terminated.
+        self.done = False
+        # Those since the last quiet time.
+        self.failures = 0
+        # While it is up, kills it if it does not get ready; while it is down, restarts it.
+        self.timer: Timer | None = None
+        # Who waits for its start, and for its end.
+        self.starter: ActorAddress | None = None
+        self.terminators: tuple[ActorAddress, ...] = ()
+
+    def cancel_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+
+@dataclass(frozen=True, slots=True)
+class _NotReady:
+    """The time of a child's incarnation to get ready is over."""
+
+    child: _Child
+    address: ActorAddress
+
+
+@dataclass(frozen=True, slots=True)
+class _RestartDue:
+    child: _Child
+
+
+@dataclass(frozen=True, slots=True)
+class _GateOpens:
+    """At this time, children may be started in order again."""
+
+    when: float
+
+
+class Supervisor(Actor):
+    """An actor whose work is its children; `args` is a `SupervisorSpec`. It is ready when all of
+    them are."""
+
+    def on_start(self, args: SupervisorSpec) -> None:
+        self._spec = args
+        self._rng = args.rng or random.SystemRandom()
+        # The last number that became the id of a child.
+        self._serial = 0
+        self._children: dict[str, _Child] = {}
+        self._by_address: dict[ActorAddress, _Child] = {}
+        # The times of restarts within the period.
+        self._restarts: deque[float] = deque()
+        # Why it exits once all children are down.
+        self._ending: ExitReason | None = None
+        # The child whose exit is awaited while several are stopped one after the other.
+        self._awaited: _Child | None = None
+        # Children from this position on have to be down before any starts.
+        self._doomed_from: int | None = None
+        # No child starts in order before this timer's message.
+        self._gate: Timer | None = None
+        self._gate_opens = 0.0
+        self._simple = args.strategy == "simple_one_for_one"
+        if self._simple:
+            self.ready()
+            return
+        for position, spec in enumerate(args.children):
+            self._children[spec.id] = _Child(spec, spec.id, spec.args, position)
+        self._proceed()
+
+    def on_stop(self, reason: ExitReason) -> None:
+        self._end(reason)
+
+    @handles(Exited)
+    def _on_exited(self, message: Exited, _sender: ActorAddress) -> None:
+        child = self._by_address.pop(message.child, None)
+        if child is None:
+            return
+        asked = child.stopping
+        uptime = self.now - child.started
+        child.address = None
+        child.serving = child.stopping = False
+        child.cancel_timer()
+        if self._awaited is child:
+            self._awaited = None
+        if self._ending is not None or asked:
+            self._after_stop(child)
+        elif self._restarts_after(child.spec, message.reason):
+            self._restart(child, uptime, message.reason)
+        else:
+            self._finish(child, message.reason)
+        self._proceed()
+
+    @handles(Ready)
+    def _on_ready(self, message: Ready, _sender: ActorAddress) -> None:
+        child = self._by_address.get(message.child)
+        if child is None or child.serving:
+            return
+        child.cancel_timer()
+        self._serves(child)
+        self._proceed()
+
+    @handles(_NotReady)
+    def _on_not_ready(self, message: _NotReady, _sender: ActorAddress) -> None:
+        child = message.child
+        if child.address is not message.address or child.serving or child.stopping:
+            return
+        child.timer = None
+        reason = ExitReason(f"not ready within {child.spec.wait_ready:g} s")
+        self.kill_child(message.address, reason)
+
+    @handles(_RestartDue)
+    def _on_restart_due(self, message: _RestartDue, _sender: ActorAddress) -> None:
+        child = message.child
+        if child.timer is None:
+            return
+        child.timer = None
+        if self._simple and self._ending is None:
+            self._start(child)
+        self._proceed()
+
+    @handles(_GateOpens)
+    def _on_gate_opens(self, message: _GateOpens, _sender: ActorAddress) -> None:
+        # One that was cancelled may have been on its way already.
+        if message.when == self._gate_opens:
+            self._gate = None
+            self._proceed()
+
+    @handles(StartChild)
+    def _on_start_child(self, message: StartChild, sender: ActorAddress) -> None:
+        refusal = self._refusal(message)
+        if refusal is not None:
+            self.send(sender, ChildRefused(refusal))
+            return
+        template = self._spec.children[0]
+        args = template.args if message.args is None else message.args
+        child = _Child(template, message.id or self._next_id(), args, 0)
+        child.starter = sender
+        self._children[child.id] = child
+        self._start(child)
+
+    @handles(TerminateChild)
+    def _on_terminate_child(self, message: TerminateChild, sender: ActorAddress) -> None:
+        child = self._children.get(message.id)
+        if child is None:
+            self.send(sender, ChildRefused(f"there is no child {message.id!r}"))
+            return
+        child.terminators += (sender,)
+        child.done = True
+        child.cancel_timer()
+        if child.address is None:
+            self._after_stop(child)
+            self._proceed()
+        else:
+            self._stop(child)
+
+    @handles(WhichChildren)
+    def _on_which_children(self, _message: WhichChildren, sender: ActorAddress) -> None:
+        children = self._children.values()
+        statuses = (ChildStatus(each.id, each.address, each.serving) for each in children)
+        self.send(sender, Children(tuple(statuses)))
+
+    # Failure.
+
+    def _restarts_after(self, spec: ChildSpec, reason: ExitReason) -> bool:
+        if spec.restart == "transient":
+            return not reason.normal
+        return spec.restart == "permanent"
+
+    def _restart(self, child: _Child, uptime: float, reason: ExitReason) -> None:
+        """Bring a failed child back, and with it those that the strategy says."""
+        backoff = self._spec.backoff
+        child.failures = 1 if uptime >= backoff.quiet else child.failures + 1
+        if self._beyond_intensity():
+            self.log.error("supervisor.gave_up", child=child.id, reason=reason.text)
+            self._end(GAVE_UP)
+            return
+        delay = backoff.delay(child.failures, self._rng)
+        self.log.warning(
+            "child.restarting", child=child.id, reason=reason.text, delay=round(delay, 3)
+        )
+        if self._in_order:
+            self._doom_from(0 if self._spec.strategy == "one_for_all" else child.position)
+            self._close_gate(delay)
+        elif delay > 0:
+            child.timer = self.after(delay, _RestartDue(child))
+        elif self._simple:
+            self._start(child)
+
+    @property
+    def _in_order(self) -> bool:
+        """Restarts wait for elder siblings, rather than being each child's own affair."""
+        return self._spec.strategy in ("one_for_all", "rest_for_one")
+
+    def _beyond_intensity(self) -> bool:
+        """Count a restart."""
+        restarts = self._restarts
+        restarts.append(self.now)
+        while restarts[0] < self.now - self._spec.period:
+            restarts.popleft()
+        return len(restarts) > self._spec.intensity
+
+    def _doom_from(self, position: int) -> None:
+        doomed = self._doomed_from
+        self._doomed_from = position if doomed is None else min(position, doomed)
+
+    def _close_gate(self, delay: float) -> None:
+        opens = self.now + delay
+        if delay <= 0 or (self._gate is not None and self._gate_opens >= opens):
+            return
+        if self._gate is not None:
+            self._gate.cancel()
+        self._gate = self.after(delay, _GateOpens(opens))
+        self._gate_opens = opens
+
+    def _finish(self, child: _Child, reason: ExitReason) -> None:
+        """A child ended for good, by its own will."""
+        self._answer_starter(child, ChildRefused(f"it exited: {reason}"))
+        child.done = True
+        if self._simple or child.spec.restart == "temporary":
+            del self._children[child.id]
+
+    def _after_stop(self, child: _Child) -> None:
+        """A child ended because this supervisor wanted it to."""
+        self._answer_starter(child, ChildRefused("it was stopped"))
+        for sender in child.terminators:
+            self.send(sender, ChildTerminated(child.id))
+        child.terminators = ()
+        if self._simple or child.spec.restart == "temporary":
+            self._children.pop(child.id, None)
+
+    # Progress.
+
+    def _end(self, reason: ExitReason) -> None:
+        """Stop all children, and then exit."""
+        if self._ending is not None:
+            return
+        self._ending = reason
+        if self._simple:
+            # There may be a hundred thousand, which have no order among them.
+            for child in reversed(self._children.values()):
+                self._stop(child)
+        self._proceed()
+
+    def _proceed(self) -> None:
+        """Do what can be done now: stop what has to be down, then start what has to be up."""
+        if self._ending is not None:
+            self._proceed_to_the_end(self._ending)
+        elif self._simple:
+            return
+        elif self._doomed_from is None:
+            self._start_in_order()
+        elif self._all_down(self._doomed_from):
+            self._revive_from(self._doomed_from)
+            self._start_in_order()
+
+    def _proceed_to_the_end(self, reason: ExitReason) -> None:
+        if not self._by_address:
+            self.stop(reason)
+        elif not self._simple:
+            self._all_down(0)
+
+    def _all_down(self, position: int) -> bool:
+        """Stop the children from this position on, one after the other, the youngest first."""
+        if self._awaited is not None:
+            return False
+        for child in reversed(self._children.values()):
+            if child.position >= position and child.address is not None:
+                self._awaited = child
+                self._stop(child)
+                return False
+        return True
+
+    def _revive_from(self, position: int) -> None:
+        """As in OTP, children that had finished or been terminated take part in a restart of their
+        group; temporary ones are forgotten by now."""
+        self._doomed_from = None
+        for child in self._children.values():
+            if child.position >= position:
+                child.done = False
+
+    def _start_in_order(self) -> None:
+        if self._gate is not None:
+            return
+        complete = True
+        for child in self._children.values():
+            if child.done or self._bring_up(child):
+                continue
+            if self._in_order or not child.served_once:
+                return
+            complete = False
+        if complete:
+            self.ready()
+
+    def _bring_up(self, child: _Child) -> bool:
+        """Start it if it is down and need not wait. Returns whether it serves."""
+        if child.address is None and child.timer is None:
+            self._start(child)
+        return child.serving
+
+    def _start(self, child: _Child) -> None:
+        spec = child.spec
+        context = self.context if self._simple else self._context_of(child)
+        child.address = self.spawn(spec.actor, child.args, child.id, context)
+        child.started = self.now
+        self._by_address[child.address] = child
+        if spec.wait_ready is None:
+            self._serves(child)
+        else:
+            child.timer = self.after(spec.wait_ready, _NotReady(child, child.address))
+
+    def _context_of(self, child: _Child) -> dict[str, ActorAddress]:
+        context = dict(self.context)
+        for elder in self._children.values():
+            if elder.position < child.position and elder.address is not None:
+                context[elder.id] = elder.address
+        return context
+
+    def _serves(self, child: _Child) -> None:
+        child.serving = child.served_once = True
+        if child.address is not None:
+            self._answer_starter(child, ChildStarted(child.address, child.id))
+
+    def _stop(self, child: _Child) -> None:
+        child.cancel_timer()
+        if child.address is not None and not child.stopping:
+            child.stopping = True
+            self.stop_child(child.address, child.spec.shutdown)
+
+    # Dynamic children.
+
+    def _refusal(self, message: StartChild) -> str | None:
+        if not self._simple:
+            return "children are started on demand by simple_one_for_one supervisors only"
+        if self._ending is not None:
+            return "the supervisor is stopping"
+        if message.id is not None and message.id in self._children:
+            return f"there is a child {message.id!r} already"
+        if message.id is not None and (not message.id or "/" in message.id):
+            return f"an id has at least one character and no slash, unlike {message.id!r}"
+        return None
+
+    def _next_id(self) -> str:
+        while True:
+            self._serial += 1
+            if str(self._serial) not in self._children:
+                return str(self._serial)
+
+    def _answer_starter(self, child: _Child, answer: ChildStarted | ChildRefused) -> None:
+        starter, child.starter = child.starter, None
+        if starter is not None:
+            self.send(starter, answer)
