@@ -1,0 +1,325 @@
+"""The Python API: the trees of the commands as async context managers, and `connect`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Self, cast
+
+from ..supervisor import Supervisor, SupervisorSpec
+from ..transport.channel import Channel
+from ..transport.dht.endpoint import PUBLIC_BOOTSTRAP, EndpointConfig
+from ..transport.errors import ConnectError, PeerNotFound
+from ..transport.keys import KeyPair, parse_key
+from . import deployment
+from .actor import ActorAddress, ActorGone, Crashed
+from .messages import (
+    Connect,
+    Connected,
+    EndpointReady,
+    ProxyListening,
+    ProxyRouted,
+    Registered,
+    Resolve,
+    ServiceRecord,
+)
+from .registry import roles
+from .system import ActorRuntime
+
+#: A 32-byte key or seed, or its 64 hexadecimal digits.
+Key = bytes | str
+
+
+class Deployment:
+    """A tree that runs while its context is entered. Leaving it stops the tree in order:
+    unregister, unannounce, drain."""
+
+    def __init__(self) -> None:
+        #: Called with each piece of news, a message of `hyperseaport.actors.messages`.
+        self.on_news: Callable[[object], None] | None = None
+        self._runtime: ActorRuntime | None = None
+        self._root: ActorAddress | None = None
+        self._news: dict[type, Any] = {}
+        self._waiters: dict[type, list[asyncio.Future[Any]]] = {}
+
+    def _tree(self) -> SupervisorSpec:
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        runtime = ActorRuntime()
+        await runtime.__aenter__()
+        self._runtime = runtime
+        try:
+            self._root = runtime.spawn(Supervisor, self._tree(), name="root")
+            await _ready(runtime, self._root)
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        runtime, self._runtime = self._runtime, None
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                waiter.cancel()
+        self._waiters.clear()
+        if runtime is not None:
+            if self._root is not None:
+                runtime.stop(self._root, deployment.SHUTDOWN)
+                await runtime.stopped(self._root)
+            await runtime.__aexit__(None, None, None)
+
+    @property
+    def runtime(self) -> ActorRuntime:
+        """The actor system, to look at its tree or to inject faults."""
+        if self._runtime is None:
+            raise RuntimeError("the deployment does not run: enter it with `async with`")
+        return self._runtime
+
+    def _show(self, news: object) -> None:
+        self._news[type(news)] = news
+        for waiter in self._waiters.pop(type(news), ()):
+            if not waiter.done():
+                waiter.set_result(news)
+        if self.on_news is not None:
+            self.on_news(news)
+
+    async def _first(self, kind: type) -> Any:
+        """The news of this kind, waiting for the first."""
+        if kind not in self._news:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.setdefault(kind, []).append(waiter)
+            await waiter
+        return self._news[kind]
+
+
+class DHT(Deployment):
+    """DHT nodes: without ``bootstrap``, the seed of a private network on ``host``."""
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        nodes: int = deployment.SEED_NODES,
+        bootstrap: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self._addresses: list[str] = []
+        self._build = (tuple(bootstrap), host, port, nodes)
+
+    def _tree(self) -> SupervisorSpec:
+        bootstrap, host, port, nodes = self._build
+        return deployment.dht_tree(bootstrap, host=host, port=port, nodes=nodes, show=self._show)
+
+    def _show(self, news: object) -> None:
+        if isinstance(news, EndpointReady):
+            self._addresses.append(f"{news.address[0]}:{news.address[1]}")
+        super()._show(news)
+
+    @property
+    def bootstrap(self) -> tuple[str, ...]:
+        """``host:port`` of the first node: what others of this network are given."""
+        return tuple(self._addresses[:1])
+
+
+class Registry(Deployment):
+    """A registry under the key of ``seed``, or under a new one."""
+
+    def __init__(
+        self, *, seed: Key | None = None, bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP
+    ) -> None:
+        super().__init__()
+        self.key_pair = _key_pair(seed) or KeyPair.generate()
+        self._endpoint = EndpointConfig(bootstrap=tuple(bootstrap))
+
+    @property
+    def public_key(self) -> bytes:
+        """The 32 bytes that services and proxies need."""
+        return self.key_pair.public_key
+
+    def _tree(self) -> SupervisorSpec:
+        return deployment.registry_tree(self._endpoint, self.key_pair, self._show)
+
+
+class Service(Deployment):
+    """The TCP service on ``host``:``port``, registered as ``role`` (``name@version``). Entered when
+    the DHT knows its key; `registered` waits for the registry. Raises `InvalidInput`."""
+
+    def __init__(
+        self,
+        role: str,
+        *,
+        registry: Key,
+        port: int,
+        host: str = "127.0.0.1",
+        seed: Key | None = None,
+        allow: Sequence[Key] | None = None,
+        bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP,
+    ) -> None:
+        super().__init__()
+        self.key_pair = _key_pair(seed) or KeyPair.generate()
+        self._spec = deployment.service_tree(
+            EndpointConfig(bootstrap=tuple(bootstrap)),
+            _bytes(registry, "registry key"),
+            role,
+            host=host,
+            port=port,
+            key_pair=self.key_pair,
+            allow=None if allow is None else frozenset(_bytes(key, "client key") for key in allow),
+            show=self._show,
+        )
+
+    def _tree(self) -> SupervisorSpec:
+        return self._spec
+
+    @property
+    def public_key(self) -> bytes:
+        """The 32 bytes under which the service is reached."""
+        return self.key_pair.public_key
+
+    async def registered(self) -> None:
+        """Wait until the registry has the service."""
+        await self._first(Registered)
+
+
+class Proxy(Deployment):
+    """A local TCP port for whatever matches ``role`` (``name@range``). Entered when it listens;
+    `routed` waits for a service. Raises `InvalidInput`, and `LocalError` for a port in use."""
+
+    def __init__(
+        self,
+        role: str,
+        *,
+        registry: Key,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        seed: Key | None = None,
+        bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP,
+    ) -> None:
+        super().__init__()
+        self._spec = deployment.proxy_tree(
+            EndpointConfig(bootstrap=tuple(bootstrap)),
+            _bytes(registry, "registry key"),
+            role,
+            host=host,
+            port=port,
+            key_pair=_key_pair(seed),
+            show=self._show,
+        )
+
+    def _tree(self) -> SupervisorSpec:
+        return self._spec
+
+    @property
+    def port(self) -> int:
+        """The TCP port it listens on."""
+        return cast(ProxyListening, self._news[ProxyListening]).port
+
+    async def routed(self) -> ServiceRecord:
+        """Wait until a service matches; the one that new connections go to."""
+        return cast(ProxyRouted, await self._first(ProxyRouted)).service
+
+
+async def connect(
+    role: str,
+    *,
+    registry: Key,
+    seed: Key | None = None,
+    bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP,
+    timeout: float | None = 30.0,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A stream to a service that matches ``role`` (``name@range``), waiting at most ``timeout``
+    seconds for one (None: for ever). The node behind it lives as long as the connection;
+    ``await writer.wait_closed()`` after ``writer.close()`` waits for both.
+
+    Raises `InvalidInput`, `PeerNotFound` when nobody matches in time, and `ConnectError` when none
+    of those who match can be reached.
+    """
+    meta = roles.to_find(role)
+    tree = deployment.client_tree(
+        EndpointConfig(bootstrap=tuple(bootstrap)), _bytes(registry, "registry key"), meta
+    )
+    runtime = ActorRuntime()
+    await runtime.__aenter__()
+    try:
+        async with asyncio.timeout(timeout):
+            channel = await _reach(runtime, tree, _key_pair(seed))
+    except TimeoutError as error:
+        await runtime.__aexit__(None, None, None)
+        raise PeerNotFound(
+            f"no service matches {role} within {timeout:g} s: is it running?"
+        ) from error
+    except BaseException:
+        await runtime.__aexit__(None, None, None)
+        raise
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(loop=loop)
+    protocol = _StreamProtocol(reader, loop, lambda: runtime.__aexit__(None, None, None))
+    channel.set_protocol(protocol)
+    return reader, _Writer(channel, protocol, reader, loop)
+
+
+async def _reach(runtime: ActorRuntime, tree: SupervisorSpec, pair: KeyPair | None) -> Channel:
+    root = runtime.spawn(Supervisor, tree, name="root")
+    await _ready(runtime, root)
+    resolver, endpoint = runtime.find("/root/resolver"), runtime.find("/root/endpoint")
+    if resolver is None or endpoint is None:
+        raise ConnectError("the node stopped while it started: try again")
+    services: tuple[ServiceRecord, ...] = ()
+    while not services:
+        services = (await runtime.call(resolver, Resolve())).services
+    error: Exception | None = None
+    for service in services:
+        answer = await runtime.call(endpoint, Connect(service.public_key, pair))
+        if isinstance(answer, Connected):
+            return answer.channel
+        error = answer.error
+    raise ConnectError(f"no service that matches can be reached ({error})") from error
+
+
+class _StreamProtocol(asyncio.StreamReaderProtocol):
+    """Stops the node when the connection is gone."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        loop: asyncio.AbstractEventLoop,
+        stop: Callable[[], Any],
+    ) -> None:
+        super().__init__(reader, loop=loop)
+        self._node_loop = loop
+        self._stop = stop
+        self.stopped: asyncio.Task[None] | None = None
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self.stopped = self._node_loop.create_task(self._stop())
+
+
+class _Writer(asyncio.StreamWriter):
+    async def wait_closed(self) -> None:
+        protocol = cast(_StreamProtocol, self.transport.get_protocol())
+        try:
+            await super().wait_closed()
+        finally:
+            if protocol.stopped is not None:
+                await protocol.stopped
+
+
+async def _ready(runtime: ActorRuntime, root: ActorAddress) -> None:
+    """Until the tree serves. Raises what kept it from that."""
+    try:
+        await runtime.ready(root)
+    except ActorGone as gone:
+        if isinstance(gone.reason, Crashed) and isinstance(gone.reason.exception, Exception):
+            raise gone.reason.exception from gone
+        raise ConnectError(f"the tree did not start: {gone.reason}") from gone
+
+
+def _bytes(key: Key, what: str) -> bytes:
+    return parse_key(key if isinstance(key, str) else key.hex(), what)
+
+
+def _key_pair(seed: Key | None) -> KeyPair | None:
+    return None if seed is None else KeyPair.from_seed(_bytes(seed, "seed"))

@@ -1,0 +1,230 @@
+"""The trees that the commands and the Python API boot, and the loop that runs one in the
+foreground.
+
+    root  rest_for_one
+    |- console             shows news
+    |- endpoint            the DHT node
+    |- registry            table, sessions, server, replica       (registry)
+    |- link                the session with the registry          (service, proxy)
+    |- service:ROLE@VERSION  pipes, announcement                  (service)
+    `- proxy:PORT          resolver, pipes, listener              (proxy)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+
+from ..supervisor import ChildSpec, Supervisor, SupervisorSpec
+from ..transport.dht.endpoint import EndpointConfig
+from ..transport.errors import LocalError
+from ..transport.keys import KeyPair
+from .console import Console
+from .endpoint import EndpointActor
+from .pipe import DRAIN, Pipe
+from .proxy import ProxyArgs, ProxyListener
+from .registry import replica, roles
+from .registry.link import Link, LinkArgs
+from .registry.replica import Replica
+from .registry.server import RegistryServer, ServerArgs, Session
+from .registry.table import TableActor
+from .resolver import Resolver
+from .service import Announcement, ServiceArgs
+from .system import ActorRuntime
+
+Show = Callable[[object], None]
+
+#: DHT nodes that a private network begins with: with fewer than three, peers that see themselves as
+#: firewalled cannot reach each other (spec: hyperdht 2.13).
+SEED_NODES = 4
+#: Seconds by which the nodes of a private network but the first answer newcomers late, so that the
+#: newcomers have time to find out that they are reachable (spec: hyperdht 2.13).
+NEWCOMER_DELAY = 0.02
+#: Seconds in which an endpoint must have bootstrapped. Without any network it takes about 6.
+ENDPOINT_READY = 30.0
+#: Seconds in which a first announcement must have succeeded, an unreachable network included.
+LISTEN_READY = 60.0
+#: Seconds that all children of a tree may take to end, the drain of its pipes included.
+SHUTDOWN = 15.0
+#: Pipes of one service or proxy.
+PIPES_SHUTDOWN = DRAIN + 2.0
+
+
+def registry_tree(endpoint: EndpointConfig, key_pair: KeyPair, show: Show) -> SupervisorSpec:
+    """A registry under the key pair."""
+    log_key = replica.log_key(key_pair)
+    registry = SupervisorSpec(
+        "rest_for_one",
+        (
+            ChildSpec("table", TableActor),
+            ChildSpec("sessions", Supervisor, _each(ChildSpec("session", Session))),
+            ChildSpec(
+                "server", RegistryServer, ServerArgs(key_pair, log_key), wait_ready=LISTEN_READY
+            ),
+            ChildSpec("replica", Replica, key_pair),
+        ),
+    )
+    return _root(
+        ChildSpec("console", Console, show),
+        _endpoint(endpoint),
+        ChildSpec("registry", Supervisor, registry, shutdown=SHUTDOWN),
+    )
+
+
+def service_tree(
+    endpoint: EndpointConfig,
+    registry_key: bytes,
+    role: str,
+    *,
+    host: str,
+    port: int,
+    key_pair: KeyPair | None,
+    allow: frozenset[bytes] | None,
+    show: Show,
+) -> SupervisorSpec:
+    """The TCP service at ``host``:``port``, registered as ``role`` (``name@version``). Raises
+    `InvalidInput` for a role that cannot be registered."""
+    meta = roles.to_register(role)
+    args = ServiceArgs(key_pair or KeyPair.generate(), meta, host, port, allow)
+    service = SupervisorSpec(
+        "rest_for_one",
+        (
+            ChildSpec("pipes", Supervisor, _each(ChildSpec("pipe", Pipe)), shutdown=PIPES_SHUTDOWN),
+            ChildSpec("announcement", Announcement, args, wait_ready=LISTEN_READY),
+        ),
+    )
+    return _root(
+        ChildSpec("console", Console, show),
+        _endpoint(endpoint),
+        ChildSpec("link", Link, LinkArgs(registry_key)),
+        ChildSpec(_name("service", role), Supervisor, service, shutdown=SHUTDOWN),
+    )
+
+
+def proxy_tree(
+    endpoint: EndpointConfig,
+    registry_key: bytes,
+    role: str,
+    *,
+    host: str,
+    port: int,
+    key_pair: KeyPair | None,
+    show: Show,
+) -> SupervisorSpec:
+    """A local TCP port for whatever service matches ``role`` (``name@range``). Raises
+    `InvalidInput` for a role that nothing can match."""
+    meta = roles.to_find(role)
+    args = ProxyArgs(host, port, key_pair or KeyPair.generate())
+    proxy = SupervisorSpec(
+        "rest_for_one",
+        (
+            ChildSpec("resolver", Resolver, meta),
+            ChildSpec("pipes", Supervisor, _each(ChildSpec("pipe", Pipe)), shutdown=PIPES_SHUTDOWN),
+            ChildSpec("listener", ProxyListener, args, wait_ready=LISTEN_READY),
+        ),
+    )
+    return _root(
+        ChildSpec("console", Console, show),
+        _endpoint(endpoint),
+        ChildSpec("link", Link, LinkArgs(registry_key)),
+        ChildSpec(f"proxy:{port}", Supervisor, proxy, shutdown=SHUTDOWN),
+    )
+
+
+def client_tree(endpoint: EndpointConfig, registry_key: bytes, meta: roles.Meta) -> SupervisorSpec:
+    """What one connection to a service needs: the way to find it."""
+    return _root(
+        _endpoint(endpoint),
+        ChildSpec("link", Link, LinkArgs(registry_key)),
+        ChildSpec("resolver", Resolver, meta),
+    )
+
+
+def dht_tree(
+    bootstrap: tuple[str, ...], *, host: str | None, port: int, nodes: int, show: Show
+) -> SupervisorSpec:
+    """DHT nodes on following ports. Without ``bootstrap`` the first is the seed of a private
+    network, which the others join; nodes with a ``host`` say that this is their address."""
+    if not bootstrap and host is None:
+        host = "127.0.0.1"
+    base = EndpointConfig(bootstrap=bootstrap, permanent=host is not None)
+    if host is not None:
+        base = replace(base, host=host)
+    ports = _ports(base.host, port, nodes)
+    configs = [replace(base, port=number) for number in ports]
+    if not bootstrap:
+        first = (f"{host}:{ports[0]}",)
+        configs[1:] = [
+            replace(config, bootstrap=first, find_node_delay=NEWCOMER_DELAY)
+            for config in configs[1:]
+        ]
+    return _root(
+        ChildSpec("console", Console, show),
+        *(_endpoint(config, f"node-{number}") for number, config in enumerate(configs)),
+    )
+
+
+def run(tree: SupervisorSpec) -> str | None:
+    """Run a tree until it is told to stop (SIGINT or SIGTERM; a second one ends the process at
+    once) or until it dies, and then return why, in one line."""
+    return asyncio.run(_run(tree))
+
+
+async def _run(tree: SupervisorSpec) -> str | None:
+    loop = asyncio.get_running_loop()
+    async with ActorRuntime() as runtime:
+        root = runtime.spawn(Supervisor, tree, name="root")
+
+        def stop() -> None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, os._exit, 1)
+            runtime.stop(root, SHUTDOWN + 5.0)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
+        reason = await runtime.stopped(root)
+        return None if reason.normal else reason.text
+
+
+def _root(*children: ChildSpec) -> SupervisorSpec:
+    return SupervisorSpec("rest_for_one", children)
+
+
+def _endpoint(config: EndpointConfig, name: str = "endpoint") -> ChildSpec:
+    return ChildSpec(name, EndpointActor, config, shutdown=10.0, wait_ready=ENDPOINT_READY)
+
+
+def _each(child: ChildSpec) -> SupervisorSpec:
+    return SupervisorSpec("simple_one_for_one", (replace(child, restart="temporary"),))
+
+
+def _name(kind: str, role: str) -> str:
+    return f"{kind}:{role.replace('/', '|')}"
+
+
+def _ports(host: str, port: int, nodes: int) -> list[int]:
+    """The ports of the nodes, each free right now: known before the nodes run, so that one that is
+    restarted comes back where others know it."""
+    if port:
+        if port + nodes - 1 > 65535:
+            raise LocalError(
+                f"{nodes} nodes from port {port} end above 65535: choose a lower --port"
+            )
+        return list(range(port, port + nodes))
+    with ExitStack() as stack:
+        found = []
+        for _ in range(nodes):
+            probe = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            try:
+                probe.bind((host, 0))
+            except OSError as error:
+                raise LocalError(
+                    f"cannot listen on {host} ({error.strerror}): choose another --host"
+                ) from error
+            found.append(probe.getsockname()[1])
+        return found

@@ -1,0 +1,338 @@
+"""Every message that crosses an actor's border: frozen, and never bytes of a stream.
+
+Keys are 32 bytes. A meta object is a JSON object (`actors.registry.roles`); whoever gets one does
+not change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from thespian.actors import ActorAddress
+
+from ..transport.channel import Channel
+from ..transport.keys import KeyPair
+from ..transport.transmit import Address
+
+# The endpoint. It answers whoever asked.
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Open an encrypted connection to a key. Answer: `Connected` or `ConnectFailed`."""
+
+    public_key: bytes
+    #: Who to be; None for an identity that nobody knows yet.
+    key_pair: KeyPair | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The channel has no protocol yet, so it holds its peer until it gets one. It belongs to the
+    receiver, who aborts it when it comes too late."""
+
+    channel: Channel
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectFailed:
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Accept connections to a key pair for as long as ``deliver_to`` lives; each arrives there as
+    `Accepted`. Answer: `Listening` or `ListenFailed`."""
+
+    key_pair: KeyPair
+    deliver_to: ActorAddress
+    #: Keys that may connect; None for everybody.
+    allow: frozenset[bytes] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    public_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ListenFailed:
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A channel without a protocol, which belongs to the receiver."""
+
+    channel: Channel
+
+
+@dataclass(frozen=True, slots=True)
+class Unlisten:
+    """Stop accepting connections to a key. Answer: `Unlistened`."""
+
+    public_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Unlistened:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class AnnounceTopic:
+    """Tell the DHT that the key pair can be found under a topic of 32 bytes, and keep it told.
+    Answer: `Announced`."""
+
+    topic: bytes
+    key_pair: KeyPair
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    pass
+
+
+# Inside a registry: a session asks the table, with a ticket that the answer bears.
+
+
+@dataclass(frozen=True, slots=True)
+class TableRequest:
+    """One call of a registry method (`register`, `unregister`, `query` or `waitFor`)."""
+
+    ticket: int
+    method: str
+    #: As the client sent them: any JSON value, or `transport.rpc.ABSENT`.
+    params: Any
+    #: The key that the session's client has proven to have.
+    remote_public_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TableAnswer:
+    ticket: int
+    #: A JSON value, or `transport.rpc.ABSENT`.
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class TableRefusal:
+    """The call fails with this text."""
+
+    ticket: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRegistered:
+    """To the console, for each registration: `id`, `remotePublicKey`, `meta`."""
+
+    info: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceGone:
+    """To the console, for each entry that went: shaped as in `ServiceRegistered`."""
+
+    info: Mapping[str, Any]
+
+
+# The link: a client's session with a registry.
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRecord:
+    """A registered service as a registry tells of it. Nothing in it has been proven unless
+    ``verified`` says so."""
+
+    public_key: bytes
+    role: str
+    version: str
+    meta: Mapping[str, Any] = field(compare=False)
+    verified: bool = False
+    #: Who registered it; None when the registry does not tell.
+    remote_public_key: bytes | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """Keep a service registered for as long as the sender lives. Answer, at every registration
+    (again after each reconnection): `Registered` or `RegistrationRefused`."""
+
+    meta: Mapping[str, Any]
+    service_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Unregister:
+    """Take a registration back. No answer."""
+
+    meta: Mapping[str, Any]
+    service_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    meta: Mapping[str, Any]
+    service_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrationRefused:
+    """The registry does not take it, for the reason in ``text``; it is asked again later."""
+
+    meta: Mapping[str, Any]
+    service_key: bytes
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Find:
+    """Look for services, waiting until there are some. Answer: `Found`."""
+
+    #: `role` and `version`, which is a range; without `version` any will do.
+    meta: Mapping[str, Any]
+    #: Seconds after which the answer is an empty list.
+    timeout: float = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    meta: Mapping[str, Any]
+    #: Highest version first; empty when the time was over.
+    records: tuple[ServiceRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Tell the sender of the matching services now and at each change, as `Services`, for as long
+    as it lives."""
+
+    meta: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Unwatch:
+    meta: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Highest version first; empty when nobody matches."""
+
+    meta: Mapping[str, Any]
+    records: tuple[ServiceRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """A service that a `Watch` told of does not work: ask the registry again, and keep asking for a
+    while, since it may not know yet."""
+
+    meta: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkConnecting:
+    """To the console: an attempt begins. The first has number 1, also after a loss."""
+
+    registry_key: bytes
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """To the console: the registry can be asked."""
+
+    registry_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """To the console: no session, and when the next attempt comes."""
+
+    registry_key: bytes
+    reason: str
+    #: Seconds until the next attempt.
+    retry_in: float
+    #: Seconds since the session was lost, or since the first attempt when there was none.
+    down_for: float
+
+
+# To the console.
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointReady:
+    """The node has joined its network, or has found that there is none yet."""
+
+    address: Address
+    #: Nodes in its routing table.
+    nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceListening:
+    """Clients can connect to the key."""
+
+    public_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryListening:
+    """Clients can connect to the registry."""
+
+    public_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyListening:
+    """Local clients can connect to the address."""
+
+    host: str
+    port: int
+    #: The port that was asked for: 0 for any.
+    asked: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyRouted:
+    """New connections to the port go to this service."""
+
+    port: int
+    service: ServiceRecord
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyUnrouted:
+    """Nobody matches the role: new connections to the port wait, and are then closed."""
+
+    port: int
+
+
+# The resolver of a proxy. It answers whoever asked.
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Which services may a new connection use? Answer: `Resolved`, once there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    #: The one to try first comes first; empty when none appeared in time.
+    services: tuple[ServiceRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceFailed:
+    """No connection to this service came about. No answer."""
+
+    public_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """Tell the sender which service comes first, now and at each change, as `Resolved`."""

@@ -1,0 +1,132 @@
+"""The listener of a proxy: accepts local TCP connections and turns each into a pipe."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass
+from typing import cast
+
+from thespian.actors import ActorAddress
+
+from ..supervisor import ChildRefused, ChildStarted, StartChild
+from ..transport.errors import LocalError
+from ..transport.keys import KeyPair
+from .actor import Actor, handles
+from .messages import Follow, ProxyListening, ProxyRouted, ProxyUnrouted, Resolved
+from .pipe import ProxyPipe
+from .splice import reset
+
+#: Connections accepted in one wake-up.
+MAX_ACCEPTS = 64
+#: Connections that the kernel keeps for us.
+BACKLOG = 1024
+#: Seconds without accepting after the process ran out of descriptors.
+PAUSE = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyArgs:
+    """Where local clients connect, and who the proxy is towards services."""
+
+    host: str
+    port: int
+    key_pair: KeyPair
+
+
+@dataclass(frozen=True, slots=True)
+class _Resume:
+    pass
+
+
+class ProxyListener(Actor):
+    """Args: `ProxyArgs`. Context: ``endpoint``, ``resolver``, ``pipes``, ``console``. Ready when it
+    listens. Dies with a `LocalError` when the address cannot be had."""
+
+    def on_start(self, args: ProxyArgs) -> None:
+        self._args = args
+        self._routed = False
+        self._socket = _listening(args.host, args.port)
+        self.own(self._close)
+        self._port: int = self._socket.getsockname()[1]
+        self._accepting(True)
+        self.log.info("proxy listening", host=args.host, port=self._port)
+        self.send(self.context["console"], ProxyListening(args.host, self._port, args.port))
+        self.send(self.context["resolver"], Follow())
+        self.ready()
+
+    @handles(Resolved)
+    def _route(self, message: Resolved, _sender: ActorAddress) -> None:
+        console = self.context["console"]
+        if message.services:
+            self._routed = True
+            self.send(console, ProxyRouted(self._port, message.services[0]))
+        elif self._routed:
+            self._routed = False
+            self.send(console, ProxyUnrouted(self._port))
+
+    @handles(ChildStarted)
+    def _pipe_started(self, _message: ChildStarted, _sender: ActorAddress) -> None:
+        pass
+
+    @handles(ChildRefused)
+    def _pipe_refused(self, message: ChildRefused, _sender: ActorAddress) -> None:
+        self.log.warning("connection refused", reason=message.reason)
+        reset(cast(ProxyPipe, message.args).socket)
+
+    @handles(_Resume)
+    def _resume(self, _message: _Resume, _sender: ActorAddress) -> None:
+        self._accepting(True)
+
+    def _accepting(self, on: bool) -> None:
+        loop = asyncio.get_running_loop()
+        if on:
+            loop.add_reader(self._socket.fileno(), self._acceptable)
+        else:
+            loop.remove_reader(self._socket.fileno())
+
+    def _acceptable(self) -> None:
+        context, args = self.context, self._args
+        for _ in range(MAX_ACCEPTS):
+            try:
+                client, _address = self._socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # Out of descriptors or memory: the kernel would wake us at once, for ever.
+                self.log.error("cannot accept", reason=str(error), pause=PAUSE)
+                self._accepting(False)
+                self.after(PAUSE, _Resume())
+                return
+            client.setblocking(False)
+            pipe = ProxyPipe(client, context["resolver"], context["endpoint"], args.key_pair)
+            self.send(context["pipes"], StartChild(pipe))
+
+    def _close(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._accepting(False)
+            self._socket.close()
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        result = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise LocalError(
+            f"cannot listen on {host}:{port} ({error}): choose another --host"
+        ) from error
+    try:
+        result.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        result.setblocking(False)
+        result.bind(address)
+        result.listen(BACKLOG)
+    except OSError as error:
+        result.close()
+        reason = error.strerror or str(error)
+        raise LocalError(
+            f"cannot listen on {host}:{port} ({reason}): choose another port with -p, or -p 0"
+        ) from error
+    return result

@@ -1,0 +1,154 @@
+"""Two protocols back to back: what arrives on a TCP connection is written into a channel, and the
+reverse. Everything here runs in the event loop's callbacks, with no task and no queue of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Callable
+from typing import cast
+
+from ..transport.channel import Channel
+
+#: Plain bytes taken from a TCP socket at once: one message.
+READ = 65_536
+#: Bytes that wait for a TCP socket which takes no more, before the channel is paused. What the
+#: channel holds besides counts against its receive window.
+TCP_HIGH = 32_768
+
+# Every splice reads into the same buffer: what is read is encrypted before the next socket is read.
+_buffer = memoryview(bytearray(READ))
+
+
+class Splice:
+    """Joins the TCP connection of protocol ``tcp`` with a channel.
+
+    ``on_closed(error)`` is called twice in the end, once for each side: None when it closed in
+    order, else what broke it.
+    """
+
+    __slots__ = ("_channel_side", "_on_closed", "channel", "tcp", "transport")
+
+    def __init__(self, on_closed: Callable[[Exception | None], None]) -> None:
+        self._on_closed = on_closed
+        self._channel_side = _ChannelSide(self)
+        self.tcp = _TcpSide(self)
+        self.transport: asyncio.Transport | None = None
+        self.channel: Channel | None = None
+
+    def join(self, channel: Channel) -> None:
+        """Let bytes flow. The TCP protocol must have its connection by now."""
+        transport = cast(asyncio.Transport, self.transport)
+        self.channel = channel
+        transport.set_write_buffer_limits(high=TCP_HIGH)
+        channel.set_protocol(self._channel_side)
+        if not transport.is_closing():
+            transport.resume_reading()
+
+    def abort(self) -> None:
+        """Reset both sides, without another word."""
+        self._on_closed = _nobody
+        if self.channel is not None:
+            self.channel.abort()
+        if self.transport is not None:
+            abort(self.transport)
+
+    def tcp_closed(self, error: Exception | None) -> None:
+        channel = self.channel
+        in_order = error is None and (channel is None or channel.ended or channel.is_closing())
+        if channel is not None and not in_order:
+            # What the peer has not got is lost with the connection: it must not look whole.
+            channel.abort()
+        self._on_closed(error)
+
+    def channel_closed(self, error: Exception | None) -> None:
+        transport = cast(asyncio.Transport, self.transport)
+        if error is not None:
+            abort(transport)
+        else:
+            transport.close()
+        self._on_closed(error)
+
+
+class _TcpSide(asyncio.BufferedProtocol):
+    def __init__(self, splice: Splice) -> None:
+        self._splice = splice
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._splice.transport = cast(asyncio.Transport, transport)
+        # Nothing is read before there is a channel to write it to.
+        self._splice.transport.pause_reading()
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        return _buffer
+
+    def buffer_updated(self, size: int) -> None:
+        cast(Channel, self._splice.channel).write(_buffer[:size])
+
+    def eof_received(self) -> bool:
+        channel = cast(Channel, self._splice.channel)
+        if not channel.is_closing():
+            channel.write_eof()
+        return True
+
+    def pause_writing(self) -> None:
+        cast(Channel, self._splice.channel).pause_reading()
+
+    def resume_writing(self) -> None:
+        cast(Channel, self._splice.channel).resume_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._splice.tcp_closed(error)
+
+
+class _ChannelSide(asyncio.Protocol):
+    def __init__(self, splice: Splice) -> None:
+        self._splice = splice
+
+    def data_received(self, data: bytes) -> None:
+        cast(asyncio.Transport, self._splice.transport).write(data)
+
+    def eof_received(self) -> bool:
+        transport = cast(asyncio.Transport, self._splice.transport)
+        if not transport.is_closing():
+            transport.write_eof()
+        return True
+
+    def pause_writing(self) -> None:
+        transport = cast(asyncio.Transport, self._splice.transport)
+        if not transport.is_closing():
+            transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        transport = cast(asyncio.Transport, self._splice.transport)
+        if not transport.is_closing():
+            transport.resume_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._splice.channel_closed(error)
+
+
+def _nobody(_error: Exception | None) -> None:
+    """Hears of the end of a splice whose owner has ended it."""
+
+
+def abort(transport: asyncio.Transport) -> None:
+    """Close a TCP connection so that its peer sees a reset, not an end."""
+    found = transport.get_extra_info("socket")
+    if found is not None and found.fileno() >= 0:
+        _linger_zero(found)
+    transport.abort()
+
+
+def reset(tcp: socket.socket) -> None:
+    """The same for a plain socket."""
+    _linger_zero(tcp)
+    tcp.close()
+
+
+def _linger_zero(tcp: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
