@@ -1,0 +1,1 @@
+"""What the tests share: running coroutines, processes, Node peers, servers behind a service."""
