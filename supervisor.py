@@ -7,7 +7,9 @@ Words and meanings are those of Erlang/OTP's supervisor, with these differences:
 - A child with `wait_ready` counts as started when it says that it serves, not when it exists. Until
   then the children after it wait.
 - A child that fails while the supervisor itself starts is an ordinary failure and restarted; OTP
-  gives up. On a network, the first attempt is no more telling than the second.
+  gives up. On a network, the first attempt is no more telling than the second. But a `LocalError`
+  before the child has ever served is the caller's fault, which no restart mends: then the
+  supervisor gives up at once, for the child's reason.
 - A supervisor that gives up exits abnormally, so that also a parent for which it is transient
   restarts it.
 
@@ -26,9 +28,11 @@ from typing import Literal, get_args
 from .actors.actor import (
     Actor,
     ActorAddress,
+    Crashed,
     Exited,
     ExitReason,
     InvalidInput,
+    LocalError,
     Ready,
     Timer,
     handles,
@@ -95,7 +99,7 @@ class SupervisorSpec:
     one_for_one restarts the one that failed, rest_for_one it and those after it, one_for_all all of
     them. simple_one_for_one takes one child as a template for any number, started on demand.
     More than `intensity` restarts within `period` seconds make the supervisor stop its children and
-    exit. `rng` decides the jitter.
+    exit. `rng` decides the jitter. `limit` bounds the children of simple_one_for_one.
     """
 
     strategy: Strategy
@@ -104,6 +108,7 @@ class SupervisorSpec:
     period: float = 5.0
     backoff: Backoff = Backoff()
     rng: random.Random | None = None
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
@@ -134,6 +139,8 @@ class ChildStarted:
 @dataclass(frozen=True, slots=True)
 class ChildRefused:
     reason: str
+    #: As in `StartChild`: what they hold is the starter's again.
+    args: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +261,6 @@ class Supervisor(Actor):
         self._restarts: deque[float] = deque()
         # Why it exits once all children are down.
         self._ending: ExitReason | None = None
-        # The child whose exit is awaited while several are stopped one after the other.
-        self._awaited: _Child | None = None
         # Children from this position on have to be down before any starts.
         self._doomed_from: int | None = None
         # No child starts in order before this timer's message.
@@ -282,8 +287,6 @@ class Supervisor(Actor):
         child.address = None
         child.serving = child.stopping = False
         child.cancel_timer()
-        if self._awaited is child:
-            self._awaited = None
         if self._ending is not None or asked:
             self._after_stop(child)
         elif self._restarts_after(child.spec, message.reason):
@@ -331,7 +334,7 @@ class Supervisor(Actor):
     def _on_start_child(self, message: StartChild, sender: ActorAddress) -> None:
         refusal = self._refusal(message)
         if refusal is not None:
-            self.send(sender, ChildRefused(refusal))
+            self.send(sender, ChildRefused(refusal, message.args))
             return
         template = self._spec.children[0]
         args = template.args if message.args is None else message.args
@@ -370,6 +373,10 @@ class Supervisor(Actor):
 
     def _restart(self, child: _Child, uptime: float, reason: ExitReason) -> None:
         """Bring a failed child back, and with it those that the strategy says."""
+        if not child.served_once and _is_callers_fault(reason):
+            self.log.info("supervisor.gave_up", child=child.id, reason=reason.text)
+            self._end(reason)
+            return
         backoff = self._spec.backoff
         child.failures = 1 if uptime >= backoff.quiet else child.failures + 1
         if self._beyond_intensity():
@@ -462,12 +469,10 @@ class Supervisor(Actor):
             self._all_down(0)
 
     def _all_down(self, position: int) -> bool:
-        """Stop the children from this position on, one after the other, the youngest first."""
-        if self._awaited is not None:
-            return False
+        """Stop the youngest child that is up, from this position on. Returns whether there was
+        none; its exit leads here again."""
         for child in reversed(self._children.values()):
             if child.position >= position and child.address is not None:
-                self._awaited = child
                 self._stop(child)
                 return False
         return True
@@ -535,6 +540,9 @@ class Supervisor(Actor):
             return "children are started on demand by simple_one_for_one supervisors only"
         if self._ending is not None:
             return "the supervisor is stopping"
+        limit = self._spec.limit
+        if limit is not None and len(self._children) >= limit:
+            return f"there are {limit} children already, which is the limit"
         if message.id is not None and message.id in self._children:
             return f"there is a child {message.id!r} already"
         if message.id is not None and (not message.id or "/" in message.id):
@@ -551,3 +559,7 @@ class Supervisor(Actor):
         starter, child.starter = child.starter, None
         if starter is not None:
             self.send(starter, answer)
+
+
+def _is_callers_fault(reason: ExitReason) -> bool:
+    return isinstance(reason, Crashed) and isinstance(reason.exception, LocalError)

@@ -51,8 +51,11 @@ ENDPOINT_READY = 30.0
 LISTEN_READY = 60.0
 #: Seconds that all children of a tree may take to end, the drain of its pipes included.
 SHUTDOWN = 15.0
-#: Pipes of one service or proxy.
+#: The same for the pipes of one service or proxy.
 PIPES_SHUTDOWN = DRAIN + 2.0
+#: Pipes of one service or proxy at a time; each is an actor, a socket and a channel. More clients
+#: than this are refused.
+MAX_PIPES = 65_536
 
 
 def registry_tree(endpoint: EndpointConfig, key_pair: KeyPair, show: Show) -> SupervisorSpec:
@@ -72,7 +75,7 @@ def registry_tree(endpoint: EndpointConfig, key_pair: KeyPair, show: Show) -> Su
     return _root(
         ChildSpec("console", Console, show),
         _endpoint(endpoint),
-        ChildSpec("registry", Supervisor, registry, shutdown=SHUTDOWN),
+        _group("registry", registry),
     )
 
 
@@ -94,7 +97,7 @@ def service_tree(
     service = SupervisorSpec(
         "rest_for_one",
         (
-            ChildSpec("pipes", Supervisor, _each(ChildSpec("pipe", Pipe)), shutdown=PIPES_SHUTDOWN),
+            ChildSpec("pipes", Supervisor, _each(ChildSpec("pipe", Pipe), MAX_PIPES), shutdown=PIPES_SHUTDOWN),
             ChildSpec("announcement", Announcement, args, wait_ready=LISTEN_READY),
         ),
     )
@@ -102,7 +105,7 @@ def service_tree(
         ChildSpec("console", Console, show),
         _endpoint(endpoint),
         ChildSpec("link", Link, LinkArgs(registry_key)),
-        ChildSpec(_name("service", role), Supervisor, service, shutdown=SHUTDOWN),
+        _group(f"service:{role}", service),
     )
 
 
@@ -124,7 +127,7 @@ def proxy_tree(
         "rest_for_one",
         (
             ChildSpec("resolver", Resolver, meta),
-            ChildSpec("pipes", Supervisor, _each(ChildSpec("pipe", Pipe)), shutdown=PIPES_SHUTDOWN),
+            ChildSpec("pipes", Supervisor, _each(ChildSpec("pipe", Pipe), MAX_PIPES), shutdown=PIPES_SHUTDOWN),
             ChildSpec("listener", ProxyListener, args, wait_ready=LISTEN_READY),
         ),
     )
@@ -132,7 +135,7 @@ def proxy_tree(
         ChildSpec("console", Console, show),
         _endpoint(endpoint),
         ChildSpec("link", Link, LinkArgs(registry_key)),
-        ChildSpec(f"proxy:{port}", Supervisor, proxy, shutdown=SHUTDOWN),
+        _group(f"proxy:{port}", proxy),
     )
 
 
@@ -199,12 +202,14 @@ def _endpoint(config: EndpointConfig, name: str = "endpoint") -> ChildSpec:
     return ChildSpec(name, EndpointActor, config, shutdown=10.0, wait_ready=ENDPOINT_READY)
 
 
-def _each(child: ChildSpec) -> SupervisorSpec:
-    return SupervisorSpec("simple_one_for_one", (replace(child, restart="temporary"),))
+def _group(name: str, spec: SupervisorSpec) -> ChildSpec:
+    # A path has slashes between names only: `@scope/role` becomes `@scope|role`.
+    name = name.replace("/", "|")
+    return ChildSpec(name, Supervisor, spec, shutdown=SHUTDOWN, wait_ready=LISTEN_READY)
 
 
-def _name(kind: str, role: str) -> str:
-    return f"{kind}:{role.replace('/', '|')}"
+def _each(child: ChildSpec, limit: int | None = None) -> SupervisorSpec:
+    return SupervisorSpec("simple_one_for_one", (replace(child, restart="temporary"),), limit=limit)
 
 
 def _ports(host: str, port: int, nodes: int) -> list[int]:

@@ -72,7 +72,8 @@ class ProxyListener(Actor):
     @handles(ChildRefused)
     def _pipe_refused(self, message: ChildRefused, _sender: ActorAddress) -> None:
         self.log.warning("connection refused", reason=message.reason)
-        reset(cast(ProxyPipe, message.args).socket)
+        if message.args is not None:
+            reset(cast(ProxyPipe, message.args).socket)
 
     @handles(_Resume)
     def _resume(self, _message: _Resume, _sender: ActorAddress) -> None:

@@ -27,7 +27,7 @@ from thespian.actors import (
 )
 from thespian.system.utilis import actualActorClass, withPossibleInitArgs
 
-from ..transport.errors import InvalidInput, LocalError
+from ..transport.errors import HyperseaportError, InvalidInput, LocalError
 from .actor import Actor
 from .cell import Address, Cell, Waiter
 from .lifecycle import (
@@ -279,7 +279,13 @@ class Scheduler:
             self.log.debug("actor.exited", actor=address.path, reason=reason.text)
             return
         exception = reason.exception
-        self.log.error("actor.crashed", actor=address.path, error=reason.text, exc_info=exception)
+        if isinstance(exception, HyperseaportError):
+            # Of the world or of the caller: its text says what there is to say.
+            self.log.info("actor.failed", actor=address.path, error=reason.text)
+        else:
+            self.log.error(
+                "actor.crashed", actor=address.path, error=reason.text, exc_info=exception
+            )
         # Whoever keeps the reason shall not keep the frames, and with them the dead actor.
         _drop_tracebacks(exception)
 

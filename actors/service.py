@@ -82,7 +82,8 @@ class Announcement(Actor):
     @handles(ChildRefused)
     def _pipe_refused(self, message: ChildRefused, _sender: ActorAddress) -> None:
         self.log.warning("connection refused", reason=message.reason)
-        cast(ServicePipe, message.args).channel.abort()
+        if message.args is not None:
+            cast(ServicePipe, message.args).channel.abort()
 
     def on_stop(self, reason: ExitReason) -> None:
         self.run(self._withdraw(reason))

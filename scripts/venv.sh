@@ -24,7 +24,7 @@ install() {
             return 1
         }
     fi
-    pip=".venv/bin/python -m pip --quiet --disable-pip-version-check"
+    pip=".venv/bin/python -m pip --quiet --quiet --disable-pip-version-check"
 
     # Dependencies only when they changed, so that later runs need no network.
     wanted=$(cat setup.cfg pyproject.toml | cksum)

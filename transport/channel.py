@@ -73,6 +73,7 @@ class Channel(asyncio.Transport):
         self._eof_delivered = False
         self._closing = False
         self._lost = False
+        self._error: Exception | None = None
         #: Plain bytes delivered and written.
         self.bytes_moved = 0
         self._linger: asyncio.TimerHandle | None = None
@@ -122,7 +123,11 @@ class Channel(asyncio.Transport):
         self._protocol = protocol
         if first:
             protocol.connection_made(self)
-            self._loop.call_soon(self.stream_changed)
+            if self._lost:
+                # It broke while it was under way to whoever has it now.
+                self._loop.call_soon(protocol.connection_lost, self._error)
+            else:
+                self._loop.call_soon(self.stream_changed)
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         if self._protocol is None:
@@ -314,6 +319,7 @@ class Channel(asyncio.Transport):
         if self._lost:
             return
         self._lost = True
+        self._error = error
         self._pending.clear()
         if self._linger is not None:
             self._linger.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from random import Random
 
 import pytest
@@ -12,7 +13,7 @@ from hyperseaport.transport.dht.messages import MutableValue
 from hyperseaport.transport.dht.node import NodeConfig
 from hyperseaport.transport.dht.records import Found, Stored
 from hyperseaport.transport.errors import InvalidInput, PeerNotFound, PeerUnreachable
-from hyperseaport.transport.keys import KeyPair, target
+from hyperseaport.transport.keys import KeyPair, blake2b, target
 from hyperseaport.transport.transmit import CLIENT_SOCKET, SERVER_SOCKET, Address
 
 LOOPBACK = "127.0.0.1"
@@ -287,7 +288,7 @@ def test_a_server_that_came_back_elsewhere() -> None:
 def test_a_server_that_closes_unannounces() -> None:
     world = World()
     listening = Listening(world, world.peer())
-    closed = []
+    closed: list[float] = []
     listening.server.close(world.network.now, closed.append)
     world.poke(listening.dht)
     assert world.run(lambda: bool(closed), 5)
@@ -300,7 +301,7 @@ def test_closing_the_node_closes_everything() -> None:
     world = World()
     listening = Listening(world, world.peer())
     connecting = Connecting(world, listening.dht, CLIENT_KEYS.public_key)
-    closed = []
+    closed: list[float] = []
     listening.dht.close(world.network.now, closed.append)
     world.poke(listening.dht)
     assert connecting.attempt.done
@@ -430,7 +431,12 @@ def test_the_same_seed_gives_the_same_trace() -> None:
     def trace() -> list[bytes]:
         seen: list[bytes] = []
         world = World(seed=5, link=Link(loss=0.05))
-        world.network.link.drop = lambda data, _source, _to: bool(seen.append(data))
+
+        def watch(datagram: bytes, _source: Address, _destination: Address) -> bool:
+            seen.append(datagram)
+            return False
+
+        world.network.link.drop = watch
         Listening(world, world.peer())
         Connecting(world, world.peer(), SERVER_KEYS.public_key).open()
         return seen
@@ -459,7 +465,7 @@ def test_a_server_without_a_network_is_announced_when_there_is_one() -> None:
     ports = [relay.node.server_port for relay in world.relays]
     for relay in world.relays:
         world.kill(relay)
-    listening = []
+    listening: list[float] = []
     dht.listen(
         SERVER_KEYS,
         world.network.now,
@@ -528,9 +534,10 @@ def test_values() -> None:
         assert len(results) == 1
         return results[0]
 
+    name = blake2b(b"hello")
+
     publisher.records.immutable_put(b"hello", world.network.now, collect)
-    name, stored = outcome(publisher)  # type: ignore[misc]
-    assert stored == Stored(4)
+    assert outcome(publisher) == (name, Stored(4))
     reader.records.immutable_get(name, world.network.now, collect)
     assert outcome(reader) == (b"hello",)
     reader.records.immutable_get(bytes(32), world.network.now, collect)
@@ -565,3 +572,30 @@ def test_a_server_on_a_dht_node_is_found_there() -> None:
     connection = Connecting(world, client, SERVER_KEYS.public_key).open()
     accepted = greet(world, client, connection, listening)
     talk(world, (client, connection), (listening.dht, accepted))
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_node_connects_to_its_own_server(is_open: bool) -> None:
+    world = World()
+    listening = Listening(world, world.peer(is_open=is_open))
+    connection = Connecting(world, listening.dht, SERVER_KEYS.public_key).open()
+    accepted = greet(world, listening.dht, connection, listening)
+    talk(world, (listening.dht, connection), (listening.dht, accepted))
+
+
+def test_many_connections_leave_nothing_behind() -> None:
+    world = World()
+    listening = Listening(world, world.peer())
+    client = world.peer()
+    for _ in range(100):
+        connection = Connecting(world, client, SERVER_KEYS.public_key).open()
+        accepted = greet(world, client, connection, listening)
+        connection.stream.destroy(world.network.now)
+        world.poke(client)
+        assert world.run(functools.partial(getattr, accepted.stream, "closed"), 5)
+    assert listening.server.stats.accepted == 100
+    world.wait(15)
+    assert len(client.mux) == len(listening.dht.mux) == 0
+    assert not listening.server._sessions
+    assert not client._context.attempts
+    Connecting(world, client, SERVER_KEYS.public_key).open()

@@ -109,7 +109,7 @@ def test_a_good_network_needs_no_packet_twice() -> None:
     assert pair.a.mux.stats.retransmissions == 0
     assert pair.b.mux.stats.duplicates == 0
     assert pair.network.now < 1.0
-    assert pair.a.stream._mtu.mtu > 1200
+    assert pair.a.stream._sender.mtu.mtu > 1200
 
 
 def test_loss_reordering_and_duplication() -> None:
@@ -129,8 +129,9 @@ def test_reordering_alone_costs_few_packets() -> None:
 def test_a_larger_packet_than_the_path_takes_is_only_a_lost_probe() -> None:
     link = Link(delay=0.01, drop=lambda datagram, *_: len(datagram) + 28 > 1300)
     pair = both_ways(link, MIB)
-    assert pair.a.stream._mtu.mtu == 1296
-    assert pair.a.mux.stats.retransmissions == 3
+    assert pair.a.stream._sender.mtu.mtu == 1296
+    # Three attempts, and a tail-loss probe or two when one was the last packet in flight.
+    assert 3 <= pair.a.mux.stats.retransmissions <= 5
     assert pair.a.mux.stats.timeouts == 0
 
 

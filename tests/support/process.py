@@ -138,11 +138,6 @@ class Process:
         """How many file descriptors it holds now."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
-    def children(self) -> list[int]:
-        """The process ids of its children now."""
-        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
-
     def close(self) -> None:
         """Kill its whole group, wait for it, and close the pipes. Can be called twice."""
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -223,6 +223,36 @@ def test_each_child_starts_when_the_one_before_is_ready() -> None:
     run_virtual(program())
 
 
+@pytest.mark.parametrize(
+    ("strategy", "at_start", "after_failure"),
+    [("one_for_one", "+a", "-a +a"), ("rest_for_one", "+a", "-a -c -b +a")],
+)
+def test_a_restart_waits_for_elders_only_where_the_strategy_is_about_order(
+    strategy: Strategy, at_start: str, after_failure: str
+) -> None:
+    journal: Journal = []
+
+    async def program() -> None:
+        async with ActorRuntime() as runtime:
+            slow = Plan(journal, ready_after=2.0)
+            children = [ChildSpec(name, Worker, slow, wait_ready=5) for name in "abc"]
+            root = runtime.spawn(Supervisor, supervisor(strategy, *children), name="root")
+            await asyncio.sleep(1)
+            assert " ".join(journal) == at_start
+            await runtime.ready(root)
+            journal.clear()
+            end(runtime, "/root/a")
+            await asyncio.sleep(1)
+            assert " ".join(journal) == after_failure
+            if strategy == "one_for_one":
+                # While its elder is not ready, b comes back.
+                end(runtime, "/root/b")
+                await asyncio.sleep(0.5)
+                assert journal[-2:] == ["-b", "+b"]
+
+    run_virtual(program())
+
+
 def test_a_child_that_does_not_get_ready_is_a_failure() -> None:
     journal: Journal = []
 
@@ -461,6 +491,21 @@ def test_a_child_knows_its_elders_and_those_of_its_ancestors() -> None:
     run_virtual(program())
 
 
+def test_a_restarted_child_does_not_get_to_know_younger_ones() -> None:
+    async def program() -> None:
+        async with ActorRuntime() as runtime:
+            children = [ChildSpec(name, Worker, Plan()) for name in "ab"]
+            root = runtime.spawn(Supervisor, supervisor("one_for_one", *children), name="root")
+            await runtime.ready(root)
+            runtime.kill("/root/a")
+            await asyncio.sleep(1)
+            restarted = runtime.find("/root/a")
+            assert restarted is not None
+            assert await runtime.call(restarted, {}) == {}
+
+    run_virtual(program())
+
+
 # Dynamic children.
 
 
@@ -504,12 +549,12 @@ def test_children_are_started_and_terminated_on_demand() -> None:
         ("permanent", NORMAL, True),
     ],
 )
+@pytest.mark.parametrize("backoff", [AT_ONCE, Backoff(initial=0.5)])
 def test_a_dynamic_child_restarts_under_its_id_or_is_forgotten(
-    restart: str, reason: ExitReason, stays: bool
+    restart: str, reason: ExitReason, stays: bool, backoff: Backoff
 ) -> None:
     async def program() -> None:
         async with ActorRuntime() as runtime:
-            backoff = Backoff(initial=0.5)
             pipes = runtime.spawn(Supervisor, pool(restart=restart, backoff=backoff), name="pipes")
             started = await runtime.call(pipes, StartChild())
             for _ in range(2):
@@ -518,6 +563,9 @@ def test_a_dynamic_child_restarts_under_its_id_or_is_forgotten(
                 await asyncio.sleep(1)
             children = (await runtime.call(pipes, WhichChildren())).children
             assert [child.id for child in children] == (["1"] if stays else [])
+            successor = runtime.find("/pipes/1")
+            assert (successor is not None) == stays
+            assert all(child.address is successor for child in children)
             assert not started.address.alive
 
     run_virtual(program())

@@ -332,6 +332,9 @@ class Attempt:
             self._fail(ConnectError(text), now)
             return
         self._peer = handshake, payload.udx
+        if self._routed is not None and reply.source != self._routed.address:
+            # It leads nowhere any more, or others would not have been faster.
+            self._context.remember_route(self._public_key, None)
         relays = payload.relay_addresses or (reply.source,)
         self._context.remember_relays(self._public_key, relays)
         if self._early is not None:

@@ -145,13 +145,14 @@ class Endpoint:
         cannot be one. Cancelling abandons the attempt."""
         if self._closed:
             raise Closed("the endpoint is closed: open another one")
-        waiter: asyncio.Future[Connection] = self._loop.create_future()
+        waiter: asyncio.Future[Channel] = self._loop.create_future()
 
         def opened(connection: Connection, now: float) -> None:
             if waiter.done():
                 connection.stream.destroy(now)
                 return
-            waiter.set_result(connection)
+            # Here and not where it is awaited: the stream may change in between.
+            waiter.set_result(self._channel(connection))
 
         def failed(error: Exception, _now: float) -> None:
             if not waiter.done():
@@ -162,14 +163,13 @@ class Endpoint:
         )
         self.wake()
         try:
-            connection = await waiter
+            return await waiter
         except asyncio.CancelledError:
             attempt.cancel(self._loop.time())
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                waiter.result().stream.destroy(self._loop.time())
+                waiter.result().abort()
             self.wake()
             raise
-        return self._channel(connection)
 
     async def listen(
         self,

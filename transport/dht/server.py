@@ -177,8 +177,12 @@ class Server:
             return
         # Entered before anything is done with it, so that copies find it.
         session = self._sessions[name] = _Session()
-        if not self._respond(session, name, incoming, answer, now):
-            self._finish(name, now)
+        goes_on = False
+        try:
+            goes_on = self._respond(session, name, incoming, answer, now)
+        finally:
+            if not goes_on:
+                self._finish(name, now)
 
     def _admits(self, incoming: Incoming, now: float) -> bool:
         context, sender, client = self._context, incoming.sender[0], incoming.client_address[0]

@@ -133,7 +133,7 @@ class Mux:
             dirty, self._dirty = self._dirty, []
             for stream in dirty:
                 stream.dirty = False
-                stream.transmits(now, out)
+                out += stream.transmits(now)
                 self._schedule(stream)
         self._remember(now)
         return out

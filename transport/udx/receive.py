@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import islice
 
 from ..errors import InvalidInput
@@ -58,7 +57,7 @@ class Receiver:
         #: Packets that had arrived before, and packets beyond the window.
         self.duplicates = 0
         self.dropped = 0
-        self._chunks: deque[Buffer] = deque()
+        self._chunks: list[Buffer] = []
         self._uncredited = 0
         self._packets: dict[int, bytes] = {}
         self._ranges = RangeSet()
@@ -102,19 +101,23 @@ class Receiver:
     def take(self, limit: int | None = None) -> list[Buffer]:
         """Up to ``limit`` of the in-order bytes (all of them for None)."""
         if limit is None or limit >= self.readable:
-            taken = list(self._chunks)
-            self._chunks.clear()
+            taken, self._chunks = self._chunks, []
             self.readable = 0
             return taken
         taken = []
-        while limit > 0:
-            chunk = self._chunks.popleft()
-            if len(chunk) > limit:
-                self._chunks.appendleft(memoryview(chunk)[limit:])
-                chunk = memoryview(chunk)[:limit]
+        limit = max(limit, 0)
+        self.readable -= limit
+        for chunk in self._chunks:
+            if limit <= 0:
+                break
             taken.append(chunk)
             limit -= len(chunk)
-            self.readable -= len(chunk)
+        rest = self._chunks[len(taken) :]
+        if limit < 0:
+            cut = memoryview(taken.pop())
+            taken.append(cut[:limit])
+            rest.insert(0, cut[limit:])
+        self._chunks = rest
         return taken
 
     def credit(self, size: int) -> None:

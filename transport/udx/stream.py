@@ -17,12 +17,9 @@ from typing import Protocol
 from ..errors import Broken, Closed, InvalidInput, StreamReset, StreamTimeout
 from ..transmit import Address, Buffer, Transmit
 from . import packet as wire
-from .congestion import Cubic
-from .mtu import MtuSearch
-from .packet import HEADER_BYTES, SEQ_MASK, Packet, expand
+from .packet import SEQ_MASK, Packet, expand
 from .receive import Receiver
-from .recovery import Acknowledged, Flight, Run
-from .send import SendBuffer
+from .sender import MAX_TIMEOUTS, Sender
 
 #: Asked about packets from a socket that is not the stream's: (stream, socket, source, now).
 Firewall = Callable[["Stream", int, Address, float], bool]
@@ -31,17 +28,6 @@ Firewall = Callable[["Stream", int, Address, float], bool]
 MAX_MESSAGES = 64
 #: The longest message the reference takes: its datagram buffer less the header (spec: udx 1.5).
 MAX_MESSAGE_BYTES = 2028
-#: Retransmission timeouts in a row after which the peer is gone (spec: udx 4.6).
-MAX_TIMEOUTS = 6
-#: The peer's window before its first packet (spec: udx 2.1).
-_INITIAL_SEND_WINDOW = 4 * 1024 * 1024
-#: One kernel call takes 64 KiB, and 64 segments, of one run (spec: udx 8.1; UDP_SEGMENT).
-_MAX_RUN_BYTES = 65000
-_MAX_RUN_PACKETS = 64
-#: A tail-loss probe waits two round trips and for the peer's delayed ACK, and never so short that
-#: the peer's own pace would set it off. Seconds.
-_ACK_DELAY = 0.002
-_MIN_PROBE_TIMEOUT = 0.01
 
 
 @dataclass(slots=True)
@@ -102,33 +88,17 @@ class Stream:
     __slots__ = (
         "_ack_owed",
         "_advertised",
-        "_congestion",
-        "_end_queued",
-        "_end_sent",
-        "_flight",
+        "_current",
         "_heartbeat_owed",
         "_keep_alive",
         "_keep_alive_at",
         "_link_mtu",
-        "_mtu",
         "_old_remotes",
         "_outbox",
         "_owner",
-        "_probe_owed",
-        "_probe_permitted",
         "_receiver",
-        "_recover_until",
-        "_rto_at",
-        "_send_buffer",
-        "_send_window",
-        "_sent_offset",
-        "_timed_out",
-        "_timeouts",
-        "_tlp_at",
-        "_window_ack",
-        "_window_limited",
-        "_window_seq",
-        "_zero_at",
+        "_sender",
+        "_transmits",
         "address",
         "changed",
         "closed",
@@ -185,35 +155,18 @@ class Stream:
 
         self._owner = owner
         self._receiver = Receiver(first_ack, receive_window)
-        self._send_buffer = SendBuffer()
-        self._flight = Flight(first_seq)
-        self._congestion = Cubic()
+        self._sender = Sender(first_seq, first_ack, link_mtu)
         self._link_mtu = link_mtu
-        self._mtu = MtuSearch(link_mtu)
+        self._current = _Remote(0, 0, self.address)
         self._old_remotes: list[_Remote] = []
-        self._outbox: deque[bytes] = deque(maxlen=MAX_MESSAGES)
-        self._sent_offset = 0
-        self._end_queued = False
-        self._end_sent = False
-        # The peer's window, and the numbers of the packet that told it (spec: udx 3.3).
-        self._send_window = _INITIAL_SEND_WINDOW
-        self._window_seq = first_ack
-        self._window_ack = first_seq
+        self._outbox: list[bytes] = []
+        # What `transmits` has collected so far.
+        self._transmits: list[Transmit] = []
         # The window the peer last heard of.
         self._advertised = receive_window
         self._ack_owed = False
         self._heartbeat_owed = False
         self._keep_alive: float | None = None
-        # Congestion recovery lasts until this number is acknowledged; None while there is no loss.
-        self._recover_until: int | None = None
-        self._window_limited = False
-        self._timeouts = 0
-        self._timed_out = False
-        self._probe_owed = False
-        self._probe_permitted = False
-        self._rto_at: float | None = None
-        self._tlp_at: float | None = None
-        self._zero_at: float | None = None
         self._keep_alive_at: float | None = None
 
     def __repr__(self) -> str:
@@ -228,13 +181,12 @@ class Stream:
     @property
     def unsent(self) -> int:
         """Bytes written and not sent yet."""
-        return self._send_buffer.end - self._sent_offset
+        return self._sender.unsent
 
     @property
     def unacked(self) -> int:
         """Bytes sent and not cumulatively acknowledged."""
-        offset = self._flight.acknowledged_offset
-        return 0 if offset is None else self._sent_offset - offset
+        return self._sender.unacked
 
     @property
     def keep_alive(self) -> float | None:
@@ -258,7 +210,7 @@ class Stream:
             raise InvalidInput(f"{self!r} is connected; use change_remote")
         self._set_remote(socket, remote_id, address)
         self.connected = True
-        self._after_receive(now)
+        self._after_receive()
 
     def change_remote(self, socket: int, remote_id: int, address: Address, now: float) -> None:
         """Send from now on from another socket to another address and id. What left before is
@@ -267,18 +219,18 @@ class Stream:
         self._check_open()
         if self.remote_id is None:
             raise InvalidInput(f"{self!r} is not connected; use connect")
-        if self._flight.outstanding:
-            self._old_remotes.append(_Remote(self._flight.next, self.remote_id, self.address))
+        flight = self._sender.flight
+        if flight.outstanding:
+            self._old_remotes.append(_Remote(flight.next, self.remote_id, self.address))
         self._set_remote(socket, remote_id, address)
-        self._mtu = MtuSearch(self._link_mtu)
-        self._flight.probe = None
+        self._sender.new_path(self._link_mtu)
         self._owner.touch(self)
 
     def write(self, data: Buffer, now: float) -> None:
         """Queue bytes, kept by reference until they are acknowledged: do not change them. There
         is no limit here; look at `unsent` and `unacked`. Raises Closed after end or close."""
         self._check_writable()
-        self._send_buffer.append(data)
+        self._sender.write(data)
         self._wake_window(now)
         self._owner.touch(self)
 
@@ -286,9 +238,9 @@ class Stream:
         """Send END after all that is queued; receiving goes on. Twice is once. Raises Closed after
         close."""
         self._check_open()
-        if self._end_queued:
+        if self._sender.end_queued:
             return
-        self._end_queued = True
+        self._sender.end_queued = True
         self._wake_window(now)
         self._owner.touch(self)
 
@@ -306,6 +258,7 @@ class Stream:
         if len(payload) > MAX_MESSAGE_BYTES:
             raise InvalidInput(f"a message of {len(payload)} bytes exceeds {MAX_MESSAGE_BYTES}")
         self._outbox.append(payload)
+        del self._outbox[:-MAX_MESSAGES]
         self._owner.touch(self)
 
     def read(self, limit: int | None = None) -> list[Buffer]:
@@ -334,7 +287,7 @@ class Stream:
         if kind & wire.HEARTBEAT:
             self._owe_ack()
             return
-        receiver, flight = self._receiver, self._flight
+        receiver, flight = self._receiver, self._sender.flight
         seq = expand(packet.seq, receiver.next)
         if kind & wire.DESTROY and seq >= receiver.next:
             reset = StreamReset("the peer destroyed the stream; connect again")
@@ -353,65 +306,73 @@ class Stream:
         if kind & (wire.DATA | wire.END):
             self._owe_ack()
         if ack >= flight.una:
-            self._update_window(seq, ack, packet.window)
-        if flight.outstanding and (ack > flight.una or packet.sacks):
-            blocks = [(expand(start, ack), expand(end, ack)) for start, end in packet.sacks]
-            self._acknowledged(flight.acknowledge(ack, blocks, now), now)
-        self._after_receive(now)
+            self._sender.update_window(seq, ack, packet.window)
+        if self._sender.acknowledge(ack, packet.sacks, now) is not None:
+            self._acknowledged()
+        self._after_receive()
 
     def deadline(self) -> float | None:
         """When `on_deadline` must be called at the latest."""
         if not self.connected or self.closed:
             return None
-        times = (
-            self._rto_at,
-            self._tlp_at,
-            self._flight.reorder_at,
-            self._zero_at,
-            self._keep_alive_at,
-        )
-        return min((when for when in times if when is not None), default=None)
+        when, keep_alive = self._sender.deadline(), self._keep_alive_at
+        if when is None or (keep_alive is not None and keep_alive < when):
+            return keep_alive
+        return when
 
     def on_deadline(self, now: float) -> None:
         """Do what has become due."""
-        if self._rto_at is not None and self._rto_at <= now:
-            self._on_timeout(now)
-            if self.closed:
-                return
-        if self._flight.reorder_at is not None and self._flight.reorder_at <= now:
-            self._detect_losses(now)
-        if self._tlp_at is not None and self._tlp_at <= now:
-            self._tlp_at = None
-            self._probe_owed = True
-        if self._zero_at is not None and self._zero_at <= now:
-            self._heartbeat_owed = True
-            self._zero_at = now + 2 * self._flight.rto
+        timeouts = self._sender.on_deadline(now)
+        self._owner.stats.timeouts += timeouts > 0
+        if timeouts > MAX_TIMEOUTS:
+            self._give_up()
+            return
         if self._keep_alive_at is not None and self._keep_alive_at <= now:
             self._heartbeat_owed = True
             self._keep_alive_at = None
         self._owner.touch(self)
 
-    def transmits(self, now: float, out: list[Transmit]) -> None:
-        """Append what is to be sent now."""
+    def transmits(self, now: float) -> list[Transmit]:
+        """What is to be sent now."""
         if self.closed or not self.connected:
-            return
-        data_before = self._owner.stats.sent
-        self._send_lost(now, out)
-        self._send_new(now, out)
-        if self._probe_owed:
-            self._send_probe(now, out)
-        while self._outbox:
-            self._send_control(wire.MESSAGE, out, self._outbox.popleft())
-        if self._heartbeat_owed:
-            self._heartbeat_owed = False
-            self._send_control(wire.HEARTBEAT, out)
+            return []
+        self._send_data(now)
+        for payload in self._outbox:
+            self._transmits.append(self._control(wire.MESSAGE, payload))
+        self._outbox.clear()
+        if self._heartbeat_owed or self._sender.heartbeat_owed:
+            self._heartbeat_owed = self._sender.heartbeat_owed = False
+            self._transmits.append(self._control(wire.HEARTBEAT))
         if self._ack_owed:
             self._ack_owed = False
             self._owner.stats.acks += 1
-            self._send_control(wire.ACK, out)
-        if self._owner.stats.sent != data_before:
-            self._owner.changed(self)
-        self._arm_idle(now)
+            self._transmits.append(self._control(wire.ACK))
+        if not self._sender.idle or self._keep_alive is None:
+            self._keep_alive_at = None
+        elif self._keep_alive_at is None:
+            self._keep_alive_at = now + self._keep_alive
+        transmits, self._transmits = self._transmits, []
+        return transmits
+
+    # For the sender.
+
+    def header(self, kind: int, seq: int, padding: int) -> bytes:
+        """The header of a packet that takes a number."""
+        return wire.HEADER.pack(
+            wire.MAGIC,
+            wire.VERSION,
+            kind,
+            padding,
+            self._remote(seq).id,
+            self._advertise(),
+            seq & SEQ_MASK,
+            self._receiver.next & SEQ_MASK,
+        )
+
+    def carry(self, buffers: list[Buffer], segment: int, seq: int) -> None:
+        """Send what makes up one transmit, beginning with packet ``seq``."""
+        address = self._remote(seq).address
+        self._transmits.append(Transmit(self.socket, address, tuple(buffers), segment))
 
     # Receiving.
 
@@ -424,69 +385,19 @@ class Stream:
         stats.duplicates += receiver.duplicates - duplicates
         stats.overruns += receiver.dropped - dropped
 
-    def _update_window(self, seq: int, ack: int, window: int) -> None:
-        newer = self._window_seq < seq or (self._window_seq == seq and self._window_ack <= ack)
-        if not newer:
-            return
-        if window != self._send_window:
-            self._send_window = window
-            self._owner.touch(self)
-        self._window_seq = seq
-        self._window_ack = ack
-
-    def _acknowledged(self, result: Acknowledged, now: float) -> None:
-        if not result.packets and not result.advanced:
-            return
-        flight = self._flight
-        self._mtu.begin()
-        if result.probe:
-            self._mtu.acknowledged()
-        if result.sampled:
-            self._probe_permitted = True
-        if result.advanced:
-            self._timeouts = 0
-            self._release()
-            self._rto_at = now + flight.rto if flight.outstanding else None
-            if self._recover_until is not None and flight.una >= self._recover_until:
-                self._recover_until = None
-                self._timed_out = False
-            self._owner.changed(self)
-        self._detect_losses(now)
-        growing = self._recover_until is None or self._timed_out
-        if growing and self._window_limited:
-            self._congestion.on_ack(result.packets, flight.srtt or 0.0, now)
-        self._arm_probe(now)
-        if flight.una == flight.next and self._end_sent:
+    def _acknowledged(self) -> None:
+        """The peer has told something new about what was sent."""
+        sender = self._sender
+        while self._old_remotes and self._old_remotes[0].until <= sender.flight.una:
+            del self._old_remotes[0]
+        if sender.ended:
             self.ended = True
             # One more ACK, unless the stream closes (spec: udx 2.4).
             if not self._receiver.finished:
                 self._owe_ack()
-        self._owner.touch(self)
+        self._owner.changed(self)
 
-    def _release(self) -> None:
-        flight = self._flight
-        offset = flight.acknowledged_offset
-        self._send_buffer.release(self._sent_offset if offset is None else offset)
-        while self._old_remotes and self._old_remotes[0].until <= flight.una:
-            del self._old_remotes[0]
-
-    def _detect_losses(self, now: float) -> None:
-        late = self._flight.detect_losses(now, recovering=self._recover_until is not None)
-        if late and self._lose_probe(late) and self._recover_until is None:
-            self._recover_until = self._flight.next
-            self._congestion.on_loss()
-
-    def _lose_probe(self, late: list[tuple[int, int]]) -> bool:
-        """Tell the MTU search if its probe is lost; returns whether anything else is."""
-        flight = self._flight
-        packets = sum(end - start for start, end in late)
-        if flight.probe is not None and any(start <= flight.probe < end for start, end in late):
-            flight.probe = None
-            self._mtu.lost()
-            packets -= 1
-        return packets > 0
-
-    def _after_receive(self, now: float) -> None:
+    def _after_receive(self) -> None:
         """See which ends have been reached."""
         if self.connected and not self.remote_ended and self._receiver.finished:
             self.remote_ended = True
@@ -498,123 +409,23 @@ class Stream:
 
     # Sending.
 
-    def _send_lost(self, now: float, out: list[Transmit]) -> None:
-        flight = self._flight
-        while flight.lost and flight.in_flight < int(self._congestion.window):
-            self._resend(flight.lost.first, now, out)
-        if flight.lost:
-            self._window_limited = True
+    def _send_data(self, now: float) -> None:
+        sender, stats = self._sender, self._owner.stats
+        sent, retransmissions = sender.sent, sender.retransmissions
+        sender.probing = not self._old_remotes
+        sender.end_apart = self.remote_ended
+        sender.transmit(self, now)
+        if sender.sent != sent:
+            stats.sent += sender.sent - sent
+            stats.retransmissions += sender.retransmissions - retransmissions
+            self._owner.changed(self)
 
-    def _send_new(self, now: float, out: list[Transmit]) -> None:
-        flight = self._flight
-        if flight.lost or not self._pending:
-            return
-        window = int(self._congestion.window)
-        budget = min(window, self._window_packets) - flight.in_flight
-        sent = False
-        while budget > 0 and self._pending:
-            budget -= self._send_run(budget, now, out)
-            sent = True
-        self._window_limited = flight.in_flight >= window
-        if sent:
-            self._arm_probe(now)
-
-    def _send_probe(self, now: float, out: list[Transmit]) -> None:
-        """The tail-loss probe: something new if there is, else the newest again (spec: udx 4.5)."""
-        self._probe_owed = False
-        flight = self._flight
-        newest = flight.newest()
-        if newest is None or self._recover_until is not None or not self._probe_permitted:
-            return
-        self._probe_permitted = False
-        if self._pending and self._send_window:
-            self._send_run(1, now, out)
-        else:
-            self._lose_probe([(newest, newest + 1)])
-            self._resend(newest, now, out)
-        self._rto_at = now + flight.rto
-
-    @property
-    def _pending(self) -> bool:
-        """Something waits to be sent for the first time."""
-        return self._sent_offset < self._send_buffer.end or (
-            self._end_queued and not self._end_sent
-        )
-
-    @property
-    def _window_packets(self) -> int:
-        """Packets the peer's window permits: any but an empty one permits one (spec: udx 3.2)."""
-        return max(1, self._send_window // self._mtu.payload) if self._send_window else 0
-
-    def _send_run(self, budget: int, now: float, out: list[Transmit]) -> int:
-        """Send up to ``budget`` new packets in one transmit; returns how many."""
-        size = self._mtu.payload
-        available = self.unsent
-        padding = 0 if self._old_remotes else self._mtu.padding(min(size, available))
-        if padding:
-            self._mtu.sent()
-            self._flight.probe = self._flight.next
-            budget = 1
-        most = min(budget, _MAX_RUN_BYTES // (size + HEADER_BYTES), _MAX_RUN_PACKETS)
-        length = min(available, most * size)
-        count = max(1, -(-length // size))
-        fin = self._end_queued and length == available
-        first = self._flight.next
-        run = Run(first, first + count, self._sent_offset, length, size, now, fin)
-        segment = size + HEADER_BYTES if count > 1 else 0
-        buffers: list[Buffer] = []
-        for seq in range(first, run.end):
-            self._append_packet(buffers, run, seq, self.remote_id or 0, padding)
-        out.append(Transmit(self.socket, self.address, tuple(buffers), segment))
-        self._sent_offset += length
-        self._end_sent = fin
-        if not self._flight.outstanding:
-            self._rto_at = now + self._flight.rto
-        self._flight.sent(run)
-        self._owner.stats.sent += count
-        return count
-
-    def _resend(self, seq: int, now: float, out: list[Transmit]) -> None:
-        run = self._flight.resent(seq, now)
-        remote_id, address = self.remote_id or 0, self.address
+    def _remote(self, seq: int) -> _Remote:
+        """Where a packet that takes a number goes."""
         for remote in self._old_remotes:
             if seq < remote.until:
-                remote_id, address = remote.id, remote.address
-                break
-        buffers: list[Buffer] = []
-        self._append_packet(buffers, run, seq, remote_id, 0)
-        out.append(Transmit(self.socket, address, tuple(buffers)))
-        self._owner.stats.sent += 1
-        self._owner.stats.retransmissions += 1
-
-    def _append_packet(
-        self, buffers: list[Buffer], run: Run, seq: int, remote_id: int, padding: int
-    ) -> None:
-        offset, length = run.slice(seq)
-        kind = wire.DATA if length else 0
-        if run.fin and seq == run.end - 1:
-            kind |= wire.END
-        window = self._advertise()
-        ack = self._receiver.next & SEQ_MASK
-        buffers.append(
-            wire.HEADER.pack(
-                wire.MAGIC,
-                wire.VERSION,
-                kind,
-                padding,
-                remote_id,
-                window,
-                seq & SEQ_MASK,
-                ack,
-            )
-        )
-        if padding:
-            buffers.append(bytes(padding))
-        if length:
-            buffers.extend(self._send_buffer.pieces(offset, length))
-
-    def _send_control(self, kind: int, out: list[Transmit], payload: bytes = b"") -> None:
-        out.append(self._control(kind, payload))
+                return remote
+        return self._current
 
     def _control(self, kind: int, payload: bytes = b"") -> Transmit:
         """A packet that takes no number."""
@@ -627,7 +438,7 @@ class Stream:
                 kind,
                 self.remote_id or 0,
                 self._advertise(),
-                self._flight.next & SEQ_MASK,
+                self._sender.flight.next & SEQ_MASK,
                 self._receiver.next & SEQ_MASK,
                 payload,
                 blocks,
@@ -643,56 +454,9 @@ class Stream:
         self._ack_owed = True
         self._owner.touch(self)
 
-    # Time.
-
-    def _on_timeout(self, now: float) -> None:
-        flight = self._flight
-        self._owner.stats.timeouts += 1
-        self._timeouts += 1
-        if self._timeouts > MAX_TIMEOUTS:
-            # The reference forgets a stream as soon as it is done and leaves the last END
-            # unanswered if its ACK got lost (spec: udx 8, 10).
-            offset = flight.acknowledged_offset
-            only_end = self._end_sent and offset == self._send_buffer.end
-            gone = StreamTimeout("the peer stopped answering; check the network and connect again")
-            self._close(None if only_end and self.remote_ended else gone, None, lingering=False)
-            return
-        self._rto_at = now + 2 * flight.rto
-        self._tlp_at = None
-        self._probe_owed = False
-        self._lose_probe(flight.expire(now))
-        flight.reorder_at = None
-        self._recover_until = flight.next
-        self._timed_out = True
-        self._congestion.on_timeout(flight.in_flight)
-
-    def _arm_probe(self, now: float) -> None:
-        flight = self._flight
-        quiet = self._recover_until is None and not flight.sacked and self._probe_permitted
-        if not flight.outstanding or not quiet or flight.srtt is None:
-            self._tlp_at = None
-            return
-        self._tlp_at = now + max(2 * flight.srtt + _ACK_DELAY, _MIN_PROBE_TIMEOUT)
-
     def _wake_window(self, now: float) -> None:
-        """Ask for the window at once when a writer begins to wait for it (spec: udx 3.3)."""
-        stuck = self._send_window == 0 and not self._flight.outstanding and self._zero_at is None
-        if stuck and self.connected:
-            self._heartbeat_owed = True
-            self._zero_at = now + self._flight.rto
-
-    def _arm_idle(self, now: float) -> None:
-        """Set the timers of a stream with nothing outstanding."""
-        if self._flight.outstanding:
-            self._zero_at = self._keep_alive_at = None
-            return
-        self._rto_at = self._tlp_at = self._flight.reorder_at = None
-        if self._send_window or not self._pending:
-            self._zero_at = None
-        elif self._zero_at is None:
-            self._zero_at = now + self._flight.rto
-        if self._keep_alive is not None and self._keep_alive_at is None:
-            self._keep_alive_at = now + self._keep_alive
+        if self.connected:
+            self._sender.wake_window(now)
 
     # Life.
 
@@ -702,6 +466,14 @@ class Stream:
         self.socket = socket
         self.remote_id = remote_id
         self.address = address
+        self._current = _Remote(0, remote_id, address)
+
+    def _give_up(self) -> None:
+        # The reference forgets a stream as soon as it is done and leaves the last END unanswered
+        # if its own last ACK got lost (spec: udx 8, 10).
+        done = self.remote_ended and self._sender.only_end_missing
+        gone = StreamTimeout("the peer stopped answering; check the network and connect again")
+        self._close(None if done else gone, None, lingering=False)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -709,7 +481,7 @@ class Stream:
 
     def _check_writable(self) -> None:
         self._check_open()
-        if self._end_queued:
+        if self._sender.end_queued:
             raise Closed("the stream was ended; nothing can be written after that")
 
     def _close(self, error: Broken | None, last: int | None, *, lingering: bool) -> None:
@@ -724,9 +496,7 @@ class Stream:
         self.closed = True
         self.error = error
         self._receiver.discard()
-        self._sent_offset = self._send_buffer.end
-        self._send_buffer.clear()
-        self._flight.clear()
+        self._sender.discard()
         self._outbox.clear()
         self._owner.changed(self)
         self._owner.retire(self, farewell)

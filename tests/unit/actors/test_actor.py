@@ -26,6 +26,7 @@ from hyperseaport.actors.actor import (
     Ready,
     handles,
 )
+from hyperseaport.actors.cell import Cell
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.testing.clock import run_virtual
 
@@ -594,6 +595,8 @@ def test_a_dead_watcher_is_told_nothing() -> None:
             watcher, watched = runtime.spawn(Doer, journal), runtime.spawn(Doer)
             await runtime.call(watcher, Do(lambda doer: doer.monitor(watched)))
             runtime.kill(watcher)
+            assert isinstance(watched.target, Cell)
+            assert not watched.target.watchers  # Nothing leads to the dead.
             runtime.kill(watched)
 
     run_virtual(program())

@@ -16,7 +16,9 @@ from hyperseaport.transport.udx.stream import Stream
 
 PEER = ("10.0.0.2", 1234)
 CAPTURED = [
-    bytes.fromhex(each["hex"]) for scenario in load("udx")["scenarios"] for each in scenario["packets"]
+    bytes.fromhex(each["hex"])
+    for scenario in load("udx")["scenarios"]
+    for each in scenario["packets"]
 ]
 
 
@@ -200,9 +202,7 @@ def test_senseless_packets_do_no_harm(packets: list[Packet]) -> None:
     st.lists(st.tuples(st.sampled_from(CAPTURED), st.integers(2, 60), st.binary(max_size=8))),
     st.integers(0, 1),
 )
-def test_mutated_packets_do_no_harm(
-    mutations: list[tuple[bytes, int, bytes]], which: int
-) -> None:
+def test_mutated_packets_do_no_harm(mutations: list[tuple[bytes, int, bytes]], which: int) -> None:
     mux, streams = fresh()
     for datagram, at, bytes_ in mutations:
         aimed = datagram[:4] + bytes([7 + which, 0, 0, 0]) + datagram[8:]

@@ -85,12 +85,24 @@ class Side:
         self.said += self.it.sent()
 
 
+def timed(name: str, side: str) -> list[tuple[float, dict[str, Any]]]:
+    """The packets, and when this side sent them or heard them, in that order."""
+    delay = DELAYS.get(name, 0.0)
+    return sorted(
+        (
+            (each["t_ms"] / 1000 + (0.0 if each["dir"].startswith(side) else delay), each)
+            for each in SCENARIOS[name]["packets"]
+        ),
+        key=lambda entry: entry[0],
+    )
+
+
 @pytest.mark.parametrize(("name", "side"), CASES)
 def test_says_what_the_reference_said(hand: Any, name: str, side: str) -> None:
     scenario, it = SCENARIOS[name], Side(hand, name, side)
     expected = []
-    for captured in scenario["packets"]:
-        when, packet = captured["t_ms"] / 1000, decode(bytes.fromhex(captured["hex"]))
+    for when, captured in timed(name, side):
+        packet = decode(bytes.fromhex(captured["hex"]))
         if side == "a" and name in KEEP_ALIVES and when > KEEP_ALIVES[name]:
             it.pass_time(KEEP_ALIVES[name])
             if it.stream.keep_alive is None:
@@ -107,7 +119,7 @@ def test_says_what_the_reference_said(hand: Any, name: str, side: str) -> None:
             it.pass_time(when + (0 if packet.type & CAUSED else TOLERANCE))
             it.do(packet)
         elif not captured.get("dropped"):
-            it.pass_time(when + DELAYS.get(name, 0.0))
+            it.pass_time(when)
             it.hear(bytes.fromhex(captured["hex"]))
     if name == "zero_window":
         expected[-1] = expected[-1]._replace(payload=b"x" * 300)

@@ -1,0 +1,355 @@
+"""The sending half of a stream: when which bytes leave, and again when they got lost.
+
+Data is limited by the congestion window and the peer's window, acknowledged by `recovery.Flight`,
+probed and timed here (spec: udx 3, 4.5, 4.6).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..transmit import Buffer
+from . import packet as wire
+from .congestion import Cubic
+from .mtu import MAX_MTU, MtuSearch
+from .packet import HEADER_BYTES, expand
+from .recovery import Acknowledged, Flight, Run
+from .send import SendBuffer
+
+#: Retransmission timeouts in a row after which the peer is gone (spec: udx 4.6).
+MAX_TIMEOUTS = 6
+#: The peer's window before its first packet (spec: udx 2.1).
+_INITIAL_WINDOW = 4 * 1024 * 1024
+#: One kernel call takes 64 KiB, and 64 segments, of one run.
+_MAX_RUN_BYTES = 65000
+_MAX_RUN_PACKETS = 64
+#: A tail-loss probe waits two round trips and for the peer's delayed ACK, and never so short that
+#: the peer's own pace would set it off. Seconds.
+_ACK_DELAY = 0.002
+_MIN_PROBE_TIMEOUT = 0.01
+
+
+class Carrier(Protocol):
+    """Knows where packets go and what else their headers tell."""
+
+    def header(self, kind: int, seq: int, padding: int) -> bytes:
+        """The header of a packet that takes a number."""
+
+    def carry(self, buffers: list[Buffer], segment: int, seq: int) -> None:
+        """Send what makes up one `Transmit`, beginning with packet ``seq``."""
+
+
+class Sender:
+    """Bytes on their way to the peer. Packet numbers have no wrap-around; times are seconds."""
+
+    __slots__ = (
+        "_buffer",
+        "_end_sent",
+        "_offset",
+        "_probe_owed",
+        "_probe_permitted",
+        "_recover_until",
+        "_rto_at",
+        "_timed_out",
+        "_timeouts",
+        "_tlp_at",
+        "_window_ack",
+        "_window_limited",
+        "_window_seq",
+        "_zero_at",
+        "congestion",
+        "end_apart",
+        "end_queued",
+        "flight",
+        "heartbeat_owed",
+        "mtu",
+        "probing",
+        "retransmissions",
+        "sent",
+        "window",
+    )
+
+    def __init__(self, first_seq: int = 0, first_ack: int = 0, link_mtu: int = MAX_MTU) -> None:
+        self.flight = Flight(first_seq)
+        self.congestion = Cubic()
+        self.mtu = MtuSearch(link_mtu)
+        #: The peer's free receive buffer, bytes.
+        self.window = _INITIAL_WINDOW
+        #: END follows all that is written.
+        self.end_queued = False
+        #: END gets a packet of its own: the peer has ended, and the reference forgets the stream at
+        #: our END, so that the ACK of what is in that packet comes once or never (spec: udx 2.4).
+        self.end_apart = False
+        #: A HEARTBEAT shall ask for the peer's window.
+        self.heartbeat_owed = False
+        #: MTU probes may be sent; not while a change of path is under way (spec: udx 2.8).
+        self.probing = True
+        #: Packets sent, retransmissions among them.
+        self.sent = 0
+        self.retransmissions = 0
+        self._buffer = SendBuffer()
+        self._offset = 0
+        self._end_sent = False
+        # Numbers of the packet that last told the peer's window (spec: udx 3.3).
+        self._window_seq = first_ack
+        self._window_ack = first_seq
+        # Congestion recovery lasts until this number is acknowledged; None while there is no loss.
+        self._recover_until: int | None = None
+        # It began with a timeout: the window grows again at once.
+        self._timed_out = False
+        self._window_limited = False
+        self._timeouts = 0
+        self._probe_owed = False
+        self._probe_permitted = False
+        self._rto_at: float | None = None
+        self._tlp_at: float | None = None
+        self._zero_at: float | None = None
+
+    @property
+    def unsent(self) -> int:
+        """Bytes written and not sent yet."""
+        return self._buffer.end - self._offset
+
+    @property
+    def unacked(self) -> int:
+        """Bytes sent and not cumulatively acknowledged."""
+        offset = self.flight.acknowledged_offset
+        return 0 if offset is None else self._offset - offset
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is outstanding."""
+        return self.flight.outstanding == 0
+
+    @property
+    def ended(self) -> bool:
+        """Everything is acknowledged, END included."""
+        return self._end_sent and self.flight.outstanding == 0
+
+    @property
+    def only_end_missing(self) -> bool:
+        """Everything is acknowledged but an END that carries no data."""
+        return self._end_sent and self.flight.acknowledged_offset == self._buffer.end
+
+    @property
+    def pending(self) -> bool:
+        """Something waits to be sent for the first time."""
+        return self._offset < self._buffer.end or (self.end_queued and not self._end_sent)
+
+    def write(self, data: Buffer) -> None:
+        """Queue bytes, by reference."""
+        self._buffer.append(data)
+
+    def wake_window(self, now: float) -> None:
+        """Ask for a closed window at once when a writer begins to wait for it (spec: udx 3.3)."""
+        if self.window == 0 and self.idle and self._zero_at is None:
+            self.heartbeat_owed = True
+            self._zero_at = now + self.flight.rto
+
+    def new_path(self, link_mtu: int) -> None:
+        """Packets take another way from now on."""
+        self.mtu = MtuSearch(link_mtu)
+        self.flight.probe = None
+
+    def update_window(self, seq: int, ack: int, window: int) -> None:
+        """Take the peer's window from a packet, unless an older one is told (spec: udx 3.3)."""
+        if self._window_seq < seq or (self._window_seq == seq and self._window_ack <= ack):
+            self.window = window
+            self._window_seq = seq
+            self._window_ack = ack
+
+    def acknowledge(
+        self, ack: int, sacks: tuple[tuple[int, int], ...], now: float
+    ) -> Acknowledged | None:
+        """Apply an ACK (``sacks`` as on the wire). Returns None if it told nothing new."""
+        flight = self.flight
+        if flight.outstanding == 0 or not (ack > flight.una or sacks):
+            return None
+        blocks = [(expand(start, ack), expand(end, ack)) for start, end in sacks]
+        result = flight.acknowledge(ack, blocks, now)
+        if not result.packets and not result.advanced:
+            return None
+        self.mtu.begin()
+        if result.probe:
+            self.mtu.acknowledged()
+        if result.sampled:
+            self._probe_permitted = True
+        if result.advanced:
+            self._advance(now)
+        self._detect_losses(now)
+        growing = self._recover_until is None or self._timed_out
+        if growing and self._window_limited:
+            self.congestion.on_ack(result.packets, flight.srtt or 0.0, now)
+        self._arm_probe(now)
+        return result
+
+    def transmit(self, carrier: Carrier, now: float) -> None:
+        """Send what may be sent now: what got lost, then what is new, then an owed probe."""
+        flight = self.flight
+        window = int(self.congestion.window)
+        while flight.lost and flight.in_flight < window:
+            self._resend(flight.lost.first, carrier, now)
+        if flight.lost:
+            self._window_limited = True
+        elif self.pending:
+            self._send_new(window, carrier, now)
+        if self._probe_owed:
+            self._send_probe(carrier, now)
+        self._arm(now)
+
+    def deadline(self) -> float | None:
+        """When `on_deadline` must be called at the latest."""
+        times = (self._rto_at, self._tlp_at, self.flight.reorder_at, self._zero_at)
+        return min((when for when in times if when is not None), default=None)
+
+    def on_deadline(self, now: float) -> int:
+        """Do what has become due. Returns how many retransmission timeouts there were in a row,
+        0 if none was due: above `MAX_TIMEOUTS` the peer is gone."""
+        timeouts = 0
+        if self._rto_at is not None and self._rto_at <= now:
+            timeouts = self._on_timeout(now)
+        if self.flight.reorder_at is not None and self.flight.reorder_at <= now:
+            self._detect_losses(now)
+        if self._tlp_at is not None and self._tlp_at <= now:
+            self._tlp_at = None
+            self._probe_owed = True
+        if self._zero_at is not None and self._zero_at <= now:
+            self.heartbeat_owed = True
+            self._zero_at = now + 2 * self.flight.rto
+        return timeouts
+
+    def discard(self) -> None:
+        """Forget all bytes: nothing will be sent any more."""
+        self._offset = self._buffer.end
+        self._buffer.clear()
+        self.flight.clear()
+
+    def _send_new(self, window: int, carrier: Carrier, now: float) -> None:
+        # Any window but an empty one permits one packet (spec: udx 3.2).
+        permitted = max(1, self.window // self.mtu.payload) if self.window else 0
+        budget = min(window, permitted) - self.flight.in_flight
+        if budget > 0:
+            while budget > 0 and self.pending:
+                budget -= self._send_run(budget, carrier, now)
+            self._arm_probe(now)
+        self._window_limited = self.flight.in_flight >= window
+
+    def _send_run(self, budget: int, carrier: Carrier, now: float) -> int:
+        """Send up to ``budget`` new packets in one transmit; returns how many."""
+        size = self.mtu.payload
+        available = self.unsent
+        first = self.flight.next
+        padding = self.mtu.padding(min(size, available)) if self.probing else 0
+        if padding:
+            self.mtu.sent()
+            self.flight.probe = first
+            budget = 1
+        most = min(budget, _MAX_RUN_BYTES // (size + HEADER_BYTES), _MAX_RUN_PACKETS)
+        length = min(available, most * size)
+        count = max(1, -(-length // size))
+        fin = self.end_queued and length == available and not (self.end_apart and length)
+        run = Run(first, first + count, self._offset, length, size, now, fin)
+        buffers: list[Buffer] = []
+        for seq in range(first, run.end):
+            self._append_packet(buffers, run, seq, carrier, padding)
+        carrier.carry(buffers, size + HEADER_BYTES if count > 1 else 0, first)
+        self._offset += length
+        self._end_sent = fin
+        if self.idle:
+            self._rto_at = now + self.flight.rto
+        self.flight.sent(run)
+        self.sent += count
+        return count
+
+    def _resend(self, seq: int, carrier: Carrier, now: float) -> None:
+        buffers: list[Buffer] = []
+        self._append_packet(buffers, self.flight.resent(seq, now), seq, carrier, 0)
+        carrier.carry(buffers, 0, seq)
+        self.sent += 1
+        self.retransmissions += 1
+
+    def _append_packet(
+        self, buffers: list[Buffer], run: Run, seq: int, carrier: Carrier, padding: int
+    ) -> None:
+        offset, length = run.slice(seq)
+        kind = wire.DATA if length else 0
+        if run.fin and seq == run.end - 1:
+            kind |= wire.END
+        buffers.append(carrier.header(kind, seq, padding))
+        if padding:
+            buffers.append(bytes(padding))
+        if length:
+            buffers += self._buffer.pieces(offset, length)
+
+    def _send_probe(self, carrier: Carrier, now: float) -> None:
+        """The tail-loss probe: something new if there is, else the newest again (spec: udx 4.5)."""
+        self._probe_owed = False
+        newest = self.flight.newest()
+        if newest is None or self._recover_until is not None or not self._probe_permitted:
+            return
+        self._probe_permitted = False
+        if self.pending and self.window:
+            self._send_run(1, carrier, now)
+        else:
+            self._lose_probe([(newest, newest + 1)])
+            self._resend(newest, carrier, now)
+        self._rto_at = now + self.flight.rto
+
+    def _advance(self, now: float) -> None:
+        """The oldest outstanding packet is another one."""
+        flight = self.flight
+        self._timeouts = 0
+        offset = flight.acknowledged_offset
+        self._buffer.release(self._offset if offset is None else offset)
+        self._rto_at = now + flight.rto if flight.outstanding else None
+        if self._recover_until is not None and flight.una >= self._recover_until:
+            self._recover_until = None
+            self._timed_out = False
+
+    def _detect_losses(self, now: float) -> None:
+        late = self.flight.detect_losses(now, recovering=self._recover_until is not None)
+        if late and self._lose_probe(late) and self._recover_until is None:
+            self._recover_until = self.flight.next
+            self.congestion.on_loss()
+
+    def _lose_probe(self, late: list[tuple[int, int]]) -> bool:
+        """Tell the MTU search if its probe is lost; returns whether anything else is."""
+        probe = self.flight.probe
+        packets = sum(end - start for start, end in late)
+        if probe is not None and any(start <= probe < end for start, end in late):
+            self.flight.probe = None
+            self.mtu.lost()
+            packets -= 1
+        return packets > 0
+
+    def _on_timeout(self, now: float) -> int:
+        flight = self.flight
+        self._timeouts += 1
+        self._rto_at = now + 2 * flight.rto
+        self._tlp_at = None
+        self._probe_owed = False
+        self._lose_probe(flight.expire(now))
+        flight.reorder_at = None
+        self._recover_until = flight.next
+        self._timed_out = True
+        self.congestion.on_timeout(flight.in_flight)
+        return self._timeouts
+
+    def _arm_probe(self, now: float) -> None:
+        flight = self.flight
+        quiet = self._recover_until is None and not flight.sacked and self._probe_permitted
+        if flight.outstanding == 0 or not quiet or flight.srtt is None:
+            self._tlp_at = None
+            return
+        self._tlp_at = now + max(2 * flight.srtt + _ACK_DELAY, _MIN_PROBE_TIMEOUT)
+
+    def _arm(self, now: float) -> None:
+        """Stop the timers that have nothing to wait for, and start the one for a closed window."""
+        if not self.idle:
+            self._zero_at = None
+            return
+        self._rto_at = self._tlp_at = self.flight.reorder_at = None
+        if self.window or not self.pending:
+            self._zero_at = None
+        elif self._zero_at is None:
+            self._zero_at = now + self.flight.rto
