@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,16 +22,21 @@ if TYPE_CHECKING:
 #: Exit codes beside 0.
 FAILURE = 1
 USAGE = 2
+#: Characters read of a seed file: white space around the seed is fine.
+MAX_SEED_FILE = 4096
 
 
 def main() -> None:
     """Entry point of the `hyperseaport` command."""
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name="hyperseaport", standalone_mode=False)
     except click.exceptions.Exit as exit_:
         status = exit_.exit_code
     except click.Abort:
         status = FAILURE
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        status = error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "hyperseaport"
         click.echo(f"hyperseaport: {error.format_message()} (see {command} --help)", err=True)
@@ -138,6 +143,7 @@ def seed() -> None:
 @_network_options
 def registry(seed: bytes | None, seed_file: str | None, **network: Any) -> None:
     """Serve a registry under the key of a seed."""
+    endpoint = _network(network)
     pair = _key_pair(seed, seed_file)
     if pair is None:
         raise InvalidInput(
@@ -146,7 +152,7 @@ def registry(seed: bytes | None, seed_file: str | None, **network: Any) -> None:
         )
     from .actors import deployment, news
 
-    _serve(deployment.registry_tree(_network(network), pair, news.registry(_print)))
+    _serve(deployment.registry_tree(endpoint, pair, news.registry(_print)))
 
 
 @cli.command()
@@ -259,8 +265,12 @@ def demo(**network: Any) -> None:
 
 
 def _print(line: str) -> None:
-    """Whoever reads us through a pipe waits for these lines."""
-    print(line, flush=True)
+    """Whoever reads us through a pipe waits for these lines. Once nobody reads any more, they are
+    dropped: the program goes on."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _serve(tree: SupervisorSpec) -> None:
@@ -275,29 +285,49 @@ def _serve(tree: SupervisorSpec) -> None:
 def _key_pair(seed: bytes | None, seed_file: str | None) -> keys.KeyPair | None:
     """The identity that was asked for, the command line before the file before the environment."""
     if seed is None and seed_file is not None:
-        seed = keys.parse_key(Path(seed_file).read_text(errors="replace"), f"seed in {seed_file}")
+        seed = keys.parse_key(_read(seed_file), f"seed in {seed_file}")
     if seed is None and os.environ.get("HYPERSEAPORT_SEED"):
         seed = keys.parse_key(os.environ["HYPERSEAPORT_SEED"], "seed in HYPERSEAPORT_SEED")
     return None if seed is None else keys.KeyPair.from_seed(seed)
 
 
+def _read(seed_file: str) -> str:
+    """The beginning of a file that may be anything."""
+    try:
+        with open(seed_file, errors="replace") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            text = file.read(MAX_SEED_FILE)
+    except OSError as error:
+        raise InvalidInput(f"cannot read {seed_file}: {error.strerror}") from error
+    if stat.S_ISREG(mode) and mode & 0o077:
+        import structlog
+
+        structlog.get_logger().warning(
+            "others can read the seed", file=seed_file, advice=f"chmod 600 {seed_file}"
+        )
+    return text
+
+
 def _bootstrap(network: dict[str, Any]) -> tuple[str, ...] | None:
-    """What was asked for; None for the public network."""
+    """What was asked for; None for the public network. Raises `InvalidInput`."""
+    from .transport.dht.endpoint import parse_address
+
     given = network["bootstrap"]
     if not given:
-        given = [part for part in os.environ.get("HYPERSEAPORT_BOOTSTRAP", "").split(",") if part]
+        parts = os.environ.get("HYPERSEAPORT_BOOTSTRAP", "").split(",")
+        given = [part.strip() for part in parts if part.strip()]
+    for text in given:
+        parse_address(text)
     return tuple(given) or None
 
 
 def _network(network: dict[str, Any]) -> EndpointConfig:
-    from .transport.dht.endpoint import EndpointConfig, parse_address
+    from .transport.dht.endpoint import EndpointConfig
 
     _log_to(network)
     bootstrap = _bootstrap(network)
     if bootstrap is None:
         return EndpointConfig()
-    for text in bootstrap:
-        parse_address(text)
     return EndpointConfig(bootstrap=bootstrap)
 
 

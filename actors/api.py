@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 from ..supervisor import Supervisor, SupervisorSpec
 from ..transport.channel import Channel
 from ..transport.dht.endpoint import PUBLIC_BOOTSTRAP, EndpointConfig
-from ..transport.errors import ConnectError, PeerNotFound
+from ..transport.errors import Closed, ConnectError, PeerNotFound
 from ..transport.keys import KeyPair, parse_key
 from . import deployment
 from .actor import ActorAddress, ActorGone, Crashed
@@ -40,15 +40,18 @@ class Deployment:
         self._runtime: ActorRuntime | None = None
         self._root: ActorAddress | None = None
         self._news: dict[type, Any] = {}
-        self._waiters: dict[type, list[asyncio.Future[Any]]] = {}
+        self._waiters: dict[type, asyncio.Event] = {}
 
     def _tree(self) -> SupervisorSpec:
         raise NotImplementedError
 
     async def __aenter__(self) -> Self:
+        if self._runtime is not None:
+            raise RuntimeError("the deployment runs already: make another one")
         runtime = ActorRuntime()
         await runtime.__aenter__()
         self._runtime = runtime
+        self._news.clear()
         try:
             self._root = runtime.spawn(Supervisor, self._tree(), name="root")
             await _ready(runtime, self._root)
@@ -59,14 +62,14 @@ class Deployment:
 
     async def __aexit__(self, *exc_info: object) -> None:
         runtime, self._runtime = self._runtime, None
-        for waiters in self._waiters.values():
-            for waiter in waiters:
-                waiter.cancel()
-        self._waiters.clear()
-        if runtime is not None:
-            if self._root is not None:
-                runtime.stop(self._root, deployment.SHUTDOWN)
-                await runtime.stopped(self._root)
+        root, self._root = self._root, None
+        if runtime is None:
+            return
+        try:
+            if root is not None:
+                runtime.stop(root, deployment.SHUTDOWN)
+                await runtime.stopped(root)
+        finally:
             await runtime.__aexit__(None, None, None)
 
     @property
@@ -78,18 +81,29 @@ class Deployment:
 
     def _show(self, news: object) -> None:
         self._news[type(news)] = news
-        for waiter in self._waiters.pop(type(news), ()):
-            if not waiter.done():
-                waiter.set_result(news)
+        if type(news) in self._waiters:
+            self._waiters.pop(type(news)).set()
         if self.on_news is not None:
             self.on_news(news)
 
     async def _first(self, kind: type) -> Any:
-        """The news of this kind, waiting for the first."""
+        """The news of this kind, waiting for the first. Raises `Closed` when the deployment ends
+        before there is any, and what it died of if it did."""
+        runtime, root = self.runtime, cast(ActorAddress, self._root)
         if kind not in self._news:
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters.setdefault(kind, []).append(waiter)
-            await waiter
+            loop = asyncio.get_running_loop()
+            told = loop.create_task(self._waiters.setdefault(kind, asyncio.Event()).wait())
+            ended = loop.create_task(runtime.stopped(root))
+            try:
+                await asyncio.wait((told, ended), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                told.cancel()
+                ended.cancel()
+            if kind not in self._news:
+                reason = ended.result()
+                if isinstance(reason, Crashed) and isinstance(reason.exception, Exception):
+                    raise reason.exception
+                raise Closed(f"the deployment has ended ({reason}): enter another one")
         return self._news[kind]
 
 
@@ -109,6 +123,7 @@ class DHT(Deployment):
         self._build = (tuple(bootstrap), host, port, nodes)
 
     def _tree(self) -> SupervisorSpec:
+        self._addresses.clear()
         bootstrap, host, port, nodes = self._build
         return deployment.dht_tree(bootstrap, host=host, port=port, nodes=nodes, show=self._show)
 
@@ -304,7 +319,7 @@ class _Writer(asyncio.StreamWriter):
             await super().wait_closed()
         finally:
             if protocol.stopped is not None:
-                await protocol.stopped
+                await asyncio.shield(protocol.stopped)
 
 
 async def _ready(runtime: ActorRuntime, root: ActorAddress) -> None:

@@ -13,6 +13,7 @@ foreground.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import signal
 import socket
@@ -22,8 +23,9 @@ from dataclasses import replace
 
 from ..supervisor import ChildSpec, Supervisor, SupervisorSpec
 from ..transport.dht.endpoint import EndpointConfig
-from ..transport.errors import LocalError
+from ..transport.errors import HyperseaportError, InvalidInput, LocalError
 from ..transport.keys import KeyPair
+from .actor import Crashed, ExitReason
 from .console import Console
 from .endpoint import EndpointActor
 from .pipe import DRAIN, Pipe
@@ -97,7 +99,12 @@ def service_tree(
     service = SupervisorSpec(
         "rest_for_one",
         (
-            ChildSpec("pipes", Supervisor, _each(ChildSpec("pipe", Pipe), MAX_PIPES), shutdown=PIPES_SHUTDOWN),
+            ChildSpec(
+                "pipes",
+                Supervisor,
+                _each(ChildSpec("pipe", Pipe), MAX_PIPES),
+                shutdown=PIPES_SHUTDOWN,
+            ),
             ChildSpec("announcement", Announcement, args, wait_ready=LISTEN_READY),
         ),
     )
@@ -127,7 +134,12 @@ def proxy_tree(
         "rest_for_one",
         (
             ChildSpec("resolver", Resolver, meta),
-            ChildSpec("pipes", Supervisor, _each(ChildSpec("pipe", Pipe), MAX_PIPES), shutdown=PIPES_SHUTDOWN),
+            ChildSpec(
+                "pipes",
+                Supervisor,
+                _each(ChildSpec("pipe", Pipe), MAX_PIPES),
+                shutdown=PIPES_SHUTDOWN,
+            ),
             ChildSpec("listener", ProxyListener, args, wait_ready=LISTEN_READY),
         ),
     )
@@ -155,6 +167,8 @@ def dht_tree(
     network, which the others join; nodes with a ``host`` say that this is their address."""
     if not bootstrap and host is None:
         host = "127.0.0.1"
+    if host is not None:
+        _check_address(host)
     base = EndpointConfig(bootstrap=bootstrap, permanent=host is not None)
     if host is not None:
         base = replace(base, host=host)
@@ -191,7 +205,14 @@ async def _run(tree: SupervisorSpec) -> str | None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop)
         reason = await runtime.stopped(root)
-        return None if reason.normal else reason.text
+        return None if reason.normal else _one_line(reason)
+
+
+def _one_line(reason: ExitReason) -> str:
+    """An error of ours says by itself what to do; of others, the class is part of the news."""
+    if isinstance(reason, Crashed) and isinstance(reason.exception, HyperseaportError):
+        return str(reason.exception)
+    return reason.text
 
 
 def _root(*children: ChildSpec) -> SupervisorSpec:
@@ -212,17 +233,29 @@ def _each(child: ChildSpec, limit: int | None = None) -> SupervisorSpec:
     return SupervisorSpec("simple_one_for_one", (replace(child, restart="temporary"),), limit=limit)
 
 
+def _check_address(host: str) -> None:
+    """A node's place in the network follows from its address, so it has to be the very one."""
+    try:
+        address = ipaddress.IPv4Address(host)
+    except ValueError:
+        address = None
+    if address is None or address.is_unspecified:
+        raise InvalidInput(
+            f"--host {host} is not an IPv4 address under which others reach this machine"
+        )
+
+
 def _ports(host: str, port: int, nodes: int) -> list[int]:
     """The ports of the nodes, each free right now: known before the nodes run, so that one that is
     restarted comes back where others know it."""
     if port:
         if port + nodes - 1 > 65535:
-            raise LocalError(
+            raise InvalidInput(
                 f"{nodes} nodes from port {port} end above 65535: choose a lower --port"
             )
         return list(range(port, port + nodes))
     with ExitStack() as stack:
-        found = []
+        found: list[int] = []
         for _ in range(nodes):
             probe = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
             try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from thespian.actors import ActorAddress
 
@@ -28,16 +29,12 @@ from .messages import (
 )
 
 #: Seconds in which a channel that was handed over must have a protocol. Its new owner may have died
-#: while the message was under way; nobody else would ever close the channel.
-HANDOVER = 5.0
+#: while the message was under way; nobody else would ever close the channel. Longer than a pipe may
+#: take to connect to the TCP service (`pipe.CONNECT_TIMEOUT`).
+HANDOVER = 15.0
 #: Seconds between announcements of a topic. Nodes forget one after 13 to 27 minutes (spec: hyperdht
 #: 3.6).
 REANNOUNCE = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    endpoint: Endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +52,16 @@ class _CheckHandovers:
     pass
 
 
+@dataclass(slots=True, eq=False)
+class _Owner:
+    """What an actor that accepts connections has here, and loses when it dies."""
+
+    #: Keys that listen.
+    keys: set[bytes] = field(default_factory=set)
+    #: Those that do not yet.
+    starts: set[asyncio.Task[None]] = field(default_factory=set)
+
+
 class EndpointActor(Actor):
     """Args: an `EndpointConfig`. Ready when the node's bootstrap is over.
 
@@ -65,16 +72,16 @@ class EndpointActor(Actor):
     def on_start(self, args: EndpointConfig) -> None:
         self._endpoint: Endpoint | None = None
         self._listeners: dict[bytes, Listener] = {}
-        self._owners: dict[ActorAddress, set[bytes]] = {}
+        self._owners: dict[ActorAddress, _Owner] = {}
         self._topics: dict[bytes, KeyPair] = {}
         self._handovers: deque[tuple[float, Channel]] = deque()
-        self.run(Endpoint.open(args), _Opened)
+        self.run(self._open(args), lambda _none: _Bootstrapped())
 
-    @handles(_Opened)
-    def _opened(self, message: _Opened, _sender: ActorAddress) -> None:
-        self._endpoint = message.endpoint
-        self.own(message.endpoint.kill)
-        self.run(message.endpoint.ready(), lambda _none: _Bootstrapped())
+    async def _open(self, args: EndpointConfig) -> None:
+        self._endpoint = await Endpoint.open(args)
+        # Here and not in a handler: a message to a dead actor would leave the sockets open.
+        self.own(self._endpoint.kill)
+        await self._endpoint.ready()
 
     @handles(_Bootstrapped)
     def _bootstrapped(self, _message: _Bootstrapped, _sender: ActorAddress) -> None:
@@ -123,9 +130,16 @@ class EndpointActor(Actor):
 
     @handles(Listen)
     def _listen(self, message: Listen, sender: ActorAddress) -> None:
-        self.run(self._listen_for(message, sender))
+        receiver = message.deliver_to
+        owner = self._owners.get(receiver)
+        if owner is None:
+            owner = self._owners[receiver] = _Owner()
+            self.monitor(receiver)
+        task = self.run(self._listen_for(message, sender, owner))
+        owner.starts.add(task)
+        task.add_done_callback(owner.starts.discard)
 
-    async def _listen_for(self, message: Listen, sender: ActorAddress) -> None:
+    async def _listen_for(self, message: Listen, sender: ActorAddress, owner: _Owner) -> None:
         receiver = message.deliver_to
 
         def deliver(channel: Channel) -> None:
@@ -139,9 +153,7 @@ class EndpointActor(Actor):
             return
         public_key = listener.public_key
         self._listeners[public_key] = listener
-        if receiver not in self._owners:
-            self.monitor(receiver)
-        self._owners.setdefault(receiver, set()).add(public_key)
+        owner.keys.add(public_key)
         self.send(sender, Listening(public_key))
 
     @handles(Unlisten)
@@ -149,6 +161,8 @@ class EndpointActor(Actor):
         self.run(self._unlisten_for(message.public_key, sender))
 
     async def _unlisten_for(self, public_key: bytes, sender: ActorAddress) -> None:
+        for owner in self._owners.values():
+            owner.keys.discard(public_key)
         listener = self._listeners.pop(public_key, None)
         if listener is not None:
             await listener.close()
@@ -156,10 +170,12 @@ class EndpointActor(Actor):
 
     @handles(Down)
     def _owner_died(self, message: Down, _sender: ActorAddress) -> None:
-        for public_key in self._owners.pop(message.address, ()):
-            listener = self._listeners.pop(public_key, None)
-            if listener is not None:
-                listener.kill()
+        owner = self._owners.pop(message.address)
+        for task in owner.starts:
+            # Else its successor would find the key in use.
+            task.cancel()
+        for public_key in owner.keys:
+            self._listeners.pop(public_key).kill()
 
     @handles(AnnounceTopic)
     def _announce_topic(self, message: AnnounceTopic, sender: ActorAddress) -> None:

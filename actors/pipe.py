@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from thespian.actors import ActorAddress
@@ -70,7 +71,7 @@ class Pipe(Actor):
             self.own(args.channel.abort)
             self.run(self._serve(args))
         else:
-            self.own(args.socket.close)
+            self.own(partial(reset, args.socket))
             self.run(self._proxy(args))
 
     async def _serve(self, args: ServicePipe) -> None:

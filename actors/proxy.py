@@ -45,7 +45,7 @@ class ProxyListener(Actor):
 
     def on_start(self, args: ProxyArgs) -> None:
         self._args = args
-        self._routed = False
+        self._routed: bool | None = None
         self._socket = _listening(args.host, args.port)
         self.own(self._close)
         self._port: int = self._socket.getsockname()[1]
@@ -61,7 +61,7 @@ class ProxyListener(Actor):
         if message.services:
             self._routed = True
             self.send(console, ProxyRouted(self._port, message.services[0]))
-        elif self._routed:
+        elif self._routed is not False:
             self._routed = False
             self.send(console, ProxyUnrouted(self._port))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from thespian.actors import ActorAddress
 
-from .actor import Actor, Down, handles
+from .actor import Actor, Address, Down, handles
 from .messages import (
     Follow,
     Refresh,
@@ -40,11 +40,13 @@ class Resolver(Actor):
 
     def on_start(self, args: Mapping[str, Any]) -> None:
         self._meta = args
-        self._records: tuple[ServiceRecord, ...] = ()
+        # None until the link has told for the first time.
+        self._records: tuple[ServiceRecord, ...] | None = None
         # When a service that failed is trusted again.
         self._penalties: dict[bytes, float] = {}
         self._waiting: dict[ActorAddress, None] = {}
-        self._followers: dict[ActorAddress, tuple[ServiceRecord, ...]] = {}
+        # What each was told last.
+        self._followers: dict[ActorAddress, tuple[ServiceRecord, ...] | None] = {}
         self.send(self.context["link"], Watch(args))
         self.ready()
 
@@ -61,8 +63,10 @@ class Resolver(Actor):
 
     @handles(Resolve)
     def _resolve(self, _message: Resolve, sender: ActorAddress) -> None:
-        if self._records or len(self._waiting) >= MAX_WAITING:
+        if self._records or self._waiting_is_full():
             self.send(sender, self._resolved())
+            # A penalty may be over by now.
+            self._tell_followers()
             return
         self._waiting[sender] = None
         self.send(self.context["link"], Refresh(self._meta))
@@ -83,21 +87,29 @@ class Resolver(Actor):
     @handles(Follow)
     def _follow(self, _message: Follow, sender: ActorAddress) -> None:
         self.monitor(sender)
-        self._followers[sender] = ()
+        self._followers[sender] = None
         self._tell_followers()
 
     @handles(Down)
     def _follower_died(self, message: Down, _sender: ActorAddress) -> None:
         self._followers.pop(message.address, None)
 
+    def _waiting_is_full(self) -> bool:
+        if len(self._waiting) < MAX_WAITING:
+            return False
+        self._waiting = {asker: None for asker in self._waiting if cast(Address, asker).alive}
+        return len(self._waiting) >= MAX_WAITING
+
     def _resolved(self) -> Resolved:
         """The highest version first, those that failed lately last."""
         now = self.now
         penalties = self._penalties
-        ordered = sorted(self._records, key=lambda r: penalties.get(r.public_key, 0.0) > now)
+        ordered = sorted(self._records or (), key=lambda r: penalties.get(r.public_key, 0.0) > now)
         return Resolved(tuple(ordered[:MAX_TRIES]))
 
     def _tell_followers(self) -> None:
+        if self._records is None:
+            return
         answer = self._resolved()
         first = answer.services[:1]
         for follower, told in self._followers.items():

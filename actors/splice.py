@@ -114,7 +114,11 @@ class _ChannelSide(asyncio.Protocol):
     def eof_received(self) -> bool:
         transport = cast(asyncio.Transport, self._splice.transport)
         if not transport.is_closing():
-            transport.write_eof()
+            try:
+                transport.write_eof()
+            except OSError:
+                # It was reset, and nobody has read that yet.
+                transport.abort()
         return True
 
     def pause_writing(self) -> None:

@@ -166,7 +166,8 @@ class _FindOver:
 
 class Link(Actor):
     """Args: `LinkArgs`. Context: ``endpoint``; ``console``, if there is one, is told
-    `LinkConnecting`, `LinkUp` and `LinkDown`. Ready at once: it serves without a registry too.
+    `LinkConnecting`, `LinkUp` and `LinkDown`. Ready at once: it serves without a registry too, and
+    connects when somebody first wants something of it.
 
     Takes `Register`, `Unregister`, `Find`, `Watch`, `Unwatch` and `Refresh`.
     """
@@ -175,6 +176,8 @@ class Link(Actor):
         self._args = args
         self._wire: RpcProtocol | None = None
         self._connecting = False
+        # Somebody wants something of the registry, or did.
+        self._begun = False
         self._attempt = 0
         self._failures = 0
         self._down_since = self.now
@@ -189,7 +192,6 @@ class Link(Actor):
         # Until when a new session's registry may not know all services again yet.
         self._settled_at = self.now
         self.ready()
-        self._connect()
 
     def on_exit(self, reason: ExitReason) -> None:
         """Asked to stop, it signs off before it ends the session; else the session is destroyed."""
@@ -204,6 +206,13 @@ class Link(Actor):
         wire.close()
 
     # The session
+
+    def _begin(self) -> None:
+        """Connect, when this is the first that anybody wants of the registry."""
+        if not self._begun:
+            self._begun = True
+            self._down_since = self.now
+            self._connect()
 
     def _connect(self) -> None:
         self._attempt += 1
@@ -332,6 +341,7 @@ class Link(Actor):
 
     @handles(Register)
     def _on_register(self, message: Register, sender: ActorAddress) -> None:
+        self._begin()
         place = _place(message)
         registration = self._registrations.get(place)
         if registration is None:
@@ -385,6 +395,7 @@ class Link(Actor):
 
     @handles(Watch)
     def _on_watch(self, message: Watch, sender: ActorAddress) -> None:
+        self._begin()
         search = self._search(message.meta)
         if search is None:
             raise LocalError(f"one program watches at most {MAX_SEARCHES} roles")
@@ -404,6 +415,7 @@ class Link(Actor):
 
     @handles(Find)
     def _on_find(self, message: Find, sender: ActorAddress) -> None:
+        self._begin()
         search = self._search(message.meta)
         if search is None or self._finders >= MAX_FINDERS:
             self.send(sender, Found(message.meta, ()))

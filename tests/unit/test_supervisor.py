@@ -17,8 +17,10 @@ from hyperseaport.actors.actor import (
     SHUTDOWN,
     Actor,
     ActorAddress,
+    Crashed,
     ExitReason,
     InvalidInput,
+    LocalError,
     handles,
 )
 from hyperseaport.actors.system import ActorRuntime
@@ -38,6 +40,7 @@ from hyperseaport.supervisor import (
     WhichChildren,
 )
 from hyperseaport.testing.clock import run_virtual
+from hyperseaport.transport.errors import PeerNotFound
 
 AT_ONCE = Backoff(initial=0.0)
 EXACT = Backoff(jitter=0.0)
@@ -620,6 +623,176 @@ def test_ten_thousand_dynamic_children_stop_together() -> None:
             runtime.stop(pipes)
             assert await runtime.stopped(pipes) == SHUTDOWN
             assert runtime.loop.time() == pytest.approx(3)
+
+    run_virtual(program())
+
+
+def test_a_bounded_supervisor_refuses_what_is_beyond_and_gives_the_args_back() -> None:
+    async def program() -> None:
+        async with ActorRuntime() as runtime:
+            pipes = runtime.spawn(Supervisor, pool(limit=2), name="pipes")
+            plans = [Plan(["mine"]) for _ in range(3)]
+            answers = [await runtime.call(pipes, StartChild(plan)) for plan in plans]
+            assert [type(answer) for answer in answers] == [
+                ChildStarted,
+                ChildStarted,
+                ChildRefused,
+            ]
+            refused = answers[2]
+            assert refused.args is plans[2]
+            assert "2" in refused.reason
+            # It never had them in its hands.
+            assert plans[2].journal == ["mine"]
+            assert await runtime.call(pipes, TerminateChild("1")) == ChildTerminated("1")
+            assert isinstance(await runtime.call(pipes, StartChild(plans[2])), ChildStarted)
+            end(runtime, "/pipes/2")
+            await asyncio.sleep(1)
+            assert isinstance(await runtime.call(pipes, StartChild()), ChildStarted)
+            assert isinstance(await runtime.call(pipes, StartChild()), ChildRefused)
+
+    run_virtual(program())
+
+
+@pytest.mark.parametrize("unfit", ["1", "a/b", ""])
+def test_every_refusal_to_start_gives_the_args_back(unfit: str) -> None:
+    async def program() -> None:
+        async with ActorRuntime() as runtime:
+            pipes = runtime.spawn(Supervisor, pool(), name="pipes")
+            assert isinstance(await runtime.call(pipes, StartChild(None, "1")), ChildStarted)
+            plan = Plan()
+            refused = await runtime.call(pipes, StartChild(plan, unfit))
+            assert isinstance(refused, ChildRefused)
+            assert refused.args is plan
+
+    run_virtual(program())
+
+
+# What no restart mends.
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An error that a worker dies of, when it starts or some seconds after it serves."""
+
+    error: Exception
+    journal: Journal = field(default_factory=list)
+    serves_for: float | None = None
+
+
+class Faulty(Actor):
+    def on_start(self, args: Fault) -> None:
+        args.journal.append(round(self.now, 3))
+        if args.serves_for is None:
+            raise args.error
+        self.ready()
+        self.run(self._fail(args.serves_for, args.error))
+
+    async def _fail(self, seconds: float, error: Exception) -> None:
+        await asyncio.sleep(seconds)
+        raise error
+
+
+async def death(runtime: ActorRuntime, spec: SupervisorSpec) -> ExitReason:
+    return await runtime.stopped(runtime.spawn(Supervisor, spec, name="root"))
+
+
+@pytest.mark.parametrize("error", [LocalError("port 1 is in use"), InvalidInput("no such thing")])
+@pytest.mark.parametrize("restart", ["permanent", "transient"])
+def test_the_callers_fault_ends_the_tree_at_once(error: Exception, restart: Any) -> None:
+    journal: Journal = []
+    starts: Journal = []
+
+    async def program() -> None:
+        async with ActorRuntime() as runtime:
+            reason = await death(
+                runtime,
+                supervisor(
+                    "rest_for_one",
+                    ChildSpec("elder", Worker, Plan(journal)),
+                    ChildSpec("faulty", Faulty, Fault(error, starts), restart, wait_ready=5),
+                    ChildSpec("younger", Worker, Plan(journal)),
+                ),
+            )
+            assert isinstance(reason, Crashed)
+            assert reason.exception is error
+            assert runtime.loop.time() == 0
+            assert runtime.actor_count == 0
+
+    run_virtual(program())
+    assert starts == [0]
+    assert journal == ["+elder", "-elder"]
+
+
+def test_the_callers_fault_comes_through_nested_supervisors() -> None:
+    error, starts = LocalError("port 1 is in use"), list[Any]()
+
+    async def program() -> None:
+        async with ActorRuntime() as runtime:
+            spec = supervisor(
+                "one_for_one", ChildSpec("faulty", Faulty, Fault(error, starts), wait_ready=5)
+            )
+            for name in ("inner", "outer"):
+                spec = supervisor("one_for_one", ChildSpec(name, Supervisor, spec, wait_ready=5))
+            reason = await death(runtime, spec)
+            assert isinstance(reason, Crashed)
+            assert reason.exception is error
+
+    run_virtual(program())
+    assert starts == [0]
+
+
+def test_a_nested_supervisor_that_counts_as_serving_from_the_start_is_restarted() -> None:
+    """Its parent cannot know that it never served: without `wait_ready` everybody does."""
+    starts: Journal = []
+
+    async def program() -> None:
+        async with ActorRuntime() as runtime:
+            fault = Fault(LocalError("port 1 is in use"), starts)
+            inner = supervisor("one_for_one", ChildSpec("faulty", Faulty, fault, wait_ready=5))
+            spec = supervisor("one_for_one", ChildSpec("inner", Supervisor, inner), intensity=2)
+            assert await death(runtime, spec) == GAVE_UP
+
+    run_virtual(program())
+    assert len(starts) == 3
+
+
+def test_who_has_served_once_is_restarted_whatever_it_dies_of() -> None:
+    starts: Journal = []
+
+    async def program() -> None:
+        async with ActorRuntime() as runtime:
+            fault = Fault(LocalError("the port was taken meanwhile"), starts, serves_for=1.0)
+            inner = supervisor("one_for_one", ChildSpec("a", Faulty, fault, wait_ready=5))
+            spec = supervisor("one_for_one", ChildSpec("inner", Supervisor, inner, wait_ready=5))
+            root = runtime.spawn(Supervisor, spec, name="root")
+            await asyncio.sleep(3.5)
+            assert root.alive
+
+    run_virtual(program())
+    assert starts == [0, 1, 2, 3]
+
+
+def test_other_errors_before_it_serves_are_restarted() -> None:
+    starts: Journal = []
+
+    async def program() -> None:
+        async with ActorRuntime() as runtime:
+            fault = Fault(PeerNotFound("nobody there"), starts)
+            spec = supervisor("one_for_one", ChildSpec("a", Faulty, fault, wait_ready=5))
+            assert await death(runtime, spec) == GAVE_UP
+
+    run_virtual(program())
+    assert len(starts) == 4
+
+
+def test_a_temporary_child_may_fail_by_the_callers_fault() -> None:
+    async def program() -> None:
+        async with ActorRuntime() as runtime:
+            template = ChildSpec("a", Faulty, None, "temporary", wait_ready=5)
+            pipes = runtime.spawn(Supervisor, supervisor("simple_one_for_one", template))
+            answer = await runtime.call(pipes, StartChild(Fault(LocalError("its own affair"))))
+            assert answer == ChildRefused("it exited: LocalError: its own affair")
+            assert pipes.alive
 
     run_virtual(program())
 

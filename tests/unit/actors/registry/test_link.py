@@ -145,6 +145,30 @@ async def registered(network: Any, role: Any = "a") -> Any:
 # Registering
 
 
+@pytest.mark.parametrize(
+    "question",
+    [Register(roles.parse("a@1.0.0"), KEY_A), Watch(roles.parse("a")), Find(roles.parse("a"))],
+)
+@virtual
+async def test_connects_when_somebody_first_wants_something(question: Any) -> None:
+    network = MemoryNetwork(up=False)
+    async with client_side(network) as side:
+        side.say(Refresh(roles.parse("a")))
+        side.say(Unwatch(roles.parse("a")))
+        side.say(Unregister(roles.parse("a@1.0.0"), KEY_A))
+        await asyncio.sleep(100)
+        assert side.news == []
+        assert network.attempts == 0
+        side.say(question)
+        await asyncio.sleep(0.1)
+        assert side.news[0] == LinkConnecting(REGISTRY.public_key, 1)
+        # The time before nobody wanted anything does not count.
+        assert side.news[1].down_for == pytest.approx(0, abs=0.1)
+        side.say(question)
+        await asyncio.sleep(0.1)
+        assert network.attempts == 1
+
+
 @virtual
 async def test_registers_and_signs_off() -> None:
     network = MemoryNetwork()
@@ -277,7 +301,8 @@ async def test_a_registry_that_does_not_answer_is_given_up() -> None:
 @virtual
 async def test_a_connection_that_comes_too_late_is_destroyed() -> None:
     network = MemoryNetwork(connect_delay=35.0)
-    async with running_registry(network), client_side(network) as side:
+    watch = Watch(roles.parse("a@1.x"))
+    async with running_registry(network), client_side(network, watch) as side:
         await asyncio.sleep(80)
         assert side.news.count(LinkUp(REGISTRY.public_key)) == 1
         alive = [ours for ours, _ in network.connections if not ours.is_closing()]
@@ -503,7 +528,8 @@ async def test_a_registry_that_refuses_everything_is_asked_calmly() -> None:
 @virtual
 async def test_a_registry_that_breaks_the_protocol_is_left() -> None:
     network = MemoryNetwork()
-    async with client_side(network, registry=lambda _m, _p: None) as side:
+    watch = Watch(roles.parse("a@1.x"))
+    async with client_side(network, watch, registry=lambda _m, _p: None) as side:
         await asyncio.sleep(0.1)
         network.connections[0][1].write(b"no json\n")
         await asyncio.sleep(0.1)
