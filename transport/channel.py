@@ -137,11 +137,12 @@ class Channel(asyncio.Transport):
     # Reading
 
     def is_reading(self) -> bool:
-        return not self._paused
+        return not (self._paused or self.is_closing())
 
     def pause_reading(self) -> None:
-        """Deliver nothing more; the window closes as the peer fills it."""
-        self._paused = True
+        """Deliver nothing more; the window closes as the peer fills it. A channel that closes goes
+        on to drop what arrives, or the peer could never end."""
+        self._paused = not self.is_closing()
 
     def resume_reading(self) -> None:
         if not self._paused:
@@ -155,20 +156,33 @@ class Channel(asyncio.Transport):
             return
         try:
             self._deliver()
+            self._control_writing()
         except ProtocolError as error:
             self._fail(error)
-            return
-        self._control_writing()
+        except Exception as error:
+            # The protocol's own. It must not disturb the owner, who serves other channels too.
+            self._loop.call_exception_handler(
+                {
+                    "message": "a channel's protocol raised",
+                    "exception": error,
+                    "transport": self,
+                    "protocol": self._protocol,
+                }
+            )
+            self._fail(error)
         self._finish_if_closed()
 
     def _deliver(self) -> None:
-        if self._protocol is None:
+        if self._protocol is None and not self._closing:
             return
         stream, secret = self._stream, self._secret
         while True:
-            while self._pending and self.is_reading():
+            while self._pending and not self._paused:
                 self._data_received(self._pending.popleft())
-            if self._pending or not stream.readable or not self.is_reading():
+            if self._lost:
+                # The protocol has aborted: what is left is nobody's.
+                return
+            if self._pending or not stream.readable or self._paused:
                 break
             for chunk in stream.read(READ):
                 self._uncredited += len(chunk)
@@ -184,7 +198,7 @@ class Channel(asyncio.Transport):
             self._end_reading()
 
     def _data_received(self, data: bytes) -> None:
-        if not self._closing:
+        if not self.is_closing():
             self.bytes_moved += len(data)
             cast(asyncio.Protocol, self._protocol).data_received(data)
 
@@ -211,11 +225,13 @@ class Channel(asyncio.Transport):
     # Writing
 
     def write(self, data: Buffer) -> None:
-        """Encrypt and queue; messages of at most `MESSAGE` bytes each. Ignored once the connection
-        is lost, as asyncio's transports do."""
+        """Encrypt and queue; messages of at most `MESSAGE` bytes each. Ignored once the channel
+        closes or is lost, as asyncio's transports do; RuntimeError after `write_eof`."""
+        if self.is_closing() or self._stream.closed:
+            return
         if self._eof_written:
             raise RuntimeError("the channel's writing side has ended")
-        if self._lost or self._stream.closed or not data:
+        if not data:
             return
         now = self._loop.time()
         view = memoryview(data)
@@ -307,7 +323,7 @@ class Channel(asyncio.Transport):
         error = stream.error
         if error is None:
             # A clean close: what has not been delivered yet is delivered first.
-            if self._protocol is not None and (self._eof_delivered or self._closing):
+            if self._eof_delivered or self._closing:
                 self._lose(None)
             return
         if self.ended and isinstance(error, Broken):

@@ -10,35 +10,26 @@ business of whoever owns the byte stream.
 from __future__ import annotations
 
 from random import Random
-from typing import TypeAlias
 
 from nacl import bindings
-from nacl.bindings import crypto_secretstream_xchacha20poly1305_init_pull as _initialise
-from nacl.bindings import crypto_secretstream_xchacha20poly1305_pull as _pull
-from nacl.bindings import crypto_secretstream_xchacha20poly1305_push as _push
 from nacl.exceptions import CryptoError
 
 from .errors import InvalidInput, LocalError, ProtocolError
 from .keys import NS_INITIATOR, NS_RESPONDER, NS_SEND, blake2b
 from .noise import Handshake
+from .stream_cipher import HEADER_BYTES, OVERHEAD_BYTES, Damaged, StreamCipher
 from .transmit import Buffer
 
 LENGTH_BYTES = 3
 #: A message's body is this much longer than the message: one tag byte and 16 bytes of MAC.
-MESSAGE_OVERHEAD = bindings.crypto_secretstream_xchacha20poly1305_ABYTES
+MESSAGE_OVERHEAD = OVERHEAD_BYTES
 #: The largest plain message that the 3-byte length can announce (spec 4.3).
 MAX_MESSAGE = 2**24 - 1 - MESSAGE_OVERHEAD
 #: How often a side that has nothing to say sends `SecretStream.keep_alive`, in seconds (spec 4.5).
 KEEP_ALIVE_INTERVAL = 5.0
 
 _ID_BYTES = 32
-_CIPHER_HEADER_BYTES = bindings.crypto_secretstream_xchacha20poly1305_HEADERBYTES
-_HEADER_BYTES = _ID_BYTES + _CIPHER_HEADER_BYTES
-#: PyNaCl keeps a scratch buffer as large as the largest message so far for each direction. Above
-#: this it is given back: tens of thousands of idle streams must not hold what they once needed.
-_MAX_SCRATCH = 4096
-
-_State: TypeAlias = bindings.crypto_secretstream_xchacha20poly1305_state
+_HEADER_BYTES = _ID_BYTES + HEADER_BYTES
 
 _COUNTER_BYTES = 8
 _COUNTER_MASK = 2**64 - 1
@@ -81,8 +72,8 @@ class SecretStream:
         self._handshake = handshake
         self._rng = rng
         self._max_message = min(max_message, MAX_MESSAGE)
-        self._sender: _State | None = None
-        self._receiver: _State | None = None
+        self._sender: StreamCipher | None = None
+        self._receiver: StreamCipher | None = None
         self._error: str | None = None
         # The frame being received: its length once that is known, the bytes of the length until
         # then, and what has come of its body.
@@ -98,8 +89,8 @@ class SecretStream:
         """The 59-byte header frame: the first bytes of this direction, sent at once (spec 4.2)."""
         if self._sender is not None:
             raise LocalError("a stream starts once")
-        header = self._rng.randbytes(_CIPHER_HEADER_BYTES)
-        self._sender = _cipher(header, self._handshake.tx)
+        header = self._rng.randbytes(HEADER_BYTES)
+        self._sender = StreamCipher(header, self._handshake.tx)
         return (
             _HEADER_BYTES.to_bytes(LENGTH_BYTES, "little")
             + self._handshake.local_stream_id
@@ -107,7 +98,7 @@ class SecretStream:
         )
 
     def encrypt(self, data: Buffer) -> list[Buffer]:
-        """The frame of one message, in order: 3 bytes, then the body of ``len(data) + 17`` bytes.
+        """The frame of one message, in pieces: ``len(data) + 20`` bytes.
 
         The peer gets exactly this message, neither split nor joined. An empty one is a keep-alive.
         Raises `InvalidInput` above the stream's ``max_message``.
@@ -117,10 +108,8 @@ class SecretStream:
         size = len(data)
         if size > self._max_message:
             raise InvalidInput(f"a message has at most {self._max_message} bytes, not {size}")
-        body = _push(self._sender, bytes(data))
-        if size > _MAX_SCRATCH:
-            self._sender.rawbuf = None
-        return [len(body).to_bytes(LENGTH_BYTES, "little"), body]
+        body = self._sender.seal(data)
+        return [(size + MESSAGE_OVERHEAD).to_bytes(LENGTH_BYTES, "little") + body[0], *body[1:]]
 
     def keep_alive(self) -> list[Buffer]:
         """The frame of an empty message: 20 bytes, due after 5 s without another (spec 4.5)."""
@@ -184,10 +173,10 @@ class SecretStream:
                 return
             if self._body:
                 self._body += view[start:position]
-                body = bytes(self._body)
+                body: Buffer = self._body
                 self._body = bytearray()
             else:
-                body = bytes(view[start:position])
+                body = view[start:position]
             self._length = None
             self._open(body, messages)
 
@@ -201,19 +190,17 @@ class SecretStream:
             raise _DefectError(f"message of {length} bytes, longer than is accepted here")
         return length
 
-    def _open(self, body: bytes, messages: list[bytes]) -> None:
+    def _open(self, body: Buffer, messages: list[bytes]) -> None:
         receiver = self._receiver
         if receiver is None:
             if body[:_ID_BYTES] != self._handshake.remote_stream_id:
                 raise _DefectError("stream header of another connection")
-            self._receiver = _cipher(body[_ID_BYTES:], self._handshake.rx)
+            self._receiver = StreamCipher(bytes(body[_ID_BYTES:]), self._handshake.rx)
             return
         try:
-            message, _ = _pull(receiver, body)  # no tag means anything here (spec 4.3)
-        except CryptoError as error:
+            message = receiver.open(body)
+        except Damaged as error:
             raise _DefectError("message is damaged, replayed or out of order") from error
-        if len(message) > _MAX_SCRATCH:
-            receiver.rawbuf = None
         if message:
             messages.append(message)
 
@@ -248,14 +235,6 @@ class SecretStream:
 
 class _DefectError(Exception):
     """What is wrong with the peer's bytes; never leaves this module."""
-
-
-def _cipher(header: bytes, key: bytes) -> _State:
-    # Sending and receiving states are alike, and this call takes the header from outside, where
-    # the sender's own would make it from libsodium's randomness (spec 4.3).
-    state = _State()
-    _initialise(state, header, key)
-    return state
 
 
 def _unordered_key(handshake: Handshake, from_initiator: bool) -> bytes:

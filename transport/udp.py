@@ -1,13 +1,18 @@
 """The one place that touches a UDP socket.
 
 A socket reads many datagrams for each wake-up, a bounded number so that other work gets its turn,
-and then says once that the batch is over: the owner answers the batch as a whole.
+and then says once that the batch is over: the owner answers the batch as a whole. Datagrams of one
+size from one source that arrive in a row are handed over as one run, whether the kernel has put
+them together (UDP_GRO) or they were read one by one; runs leave in one call where the kernel cuts
+them up (UDP_SEGMENT), else one by one. What the kernel has is found out by trying.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
+import struct
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -15,25 +20,39 @@ from collections.abc import Callable
 from .errors import LocalError
 from .transmit import Address, Buffer, Transmit
 
-#: Datagrams taken in one wake-up. More would keep timers and TCP sockets waiting.
+#: What one wake-up may take: more would keep timers and TCP sockets waiting. Reads, and bytes.
 MAX_READS = 64
-#: No datagram of any protocol here is longer; what is longer is cut, and then fails to decode.
-MAX_DATAGRAM = 2048
+_MAX_BATCH = 192 * 1024
+#: What the kernel may hand over at once: one datagram, or a run of them.
+_MAX_READ = 65_536
 #: Bytes kept for a kernel that takes no more. Above it datagrams are dropped, as the network does.
 MAX_UNSENT = 1 << 20
-#: The kernel's buffers (bytes): as the peers set them, so bursts of a whole window survive.
-SEND_BUFFER = 212_992
-RECEIVE_BUFFER = 1 << 21
+#: The kernel's buffers (bytes): bursts of a whole window survive.
+SEND_BUFFER = 1 << 21
+RECEIVE_BUFFER = 1 << 22
 
 # Linux: send with "don't fragment" and leave path MTU discovery to UDX (spec: udx 8.1).
 _IP_MTU_DISCOVER = 10
 _IP_PMTUDISC_PROBE = 3
+# Linux: runs of datagrams in one call. The segment size is two bytes when sent, four when read.
+_SOL_UDP = 17
+_UDP_SEGMENT = 103
+_UDP_GRO = 104
+_U16 = struct.Struct("=H")
+_INT = struct.Struct("=i")
+_ANCILLARY = socket.CMSG_SPACE(_INT.size)
+#: What kernels and devices answer that cannot segment, at all or for this path.
+_CANNOT_SEGMENT = frozenset({errno.EINVAL, errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP})
+
+#: A run of datagrams, the size of each but the last, and where they came from. The memory is the
+#: socket's own and is used again: whoever keeps bytes copies them.
+OnRun = Callable[[memoryview, int, Address], None]
 
 
 class UdpSocket:
     """A bound, non-blocking UDP socket on the running event loop.
 
-    ``on_datagram(datagram, source)`` is called for each datagram of 0..2048 bytes, and
+    ``on_run(data, segment, source)`` is called for each run of datagrams (often of one), and
     ``on_batch()`` once after the last one of a wake-up.
     """
 
@@ -41,17 +60,23 @@ class UdpSocket:
         self,
         host: str,
         port: int,
-        on_datagram: Callable[[bytes, Address], None],
+        on_run: OnRun,
         on_batch: Callable[[], None],
+        *,
+        segmenting: bool = True,
     ) -> None:
-        """Binds; port 0 takes a free one. Raises `LocalError` when the address cannot be had."""
-        self._on_datagram = on_datagram
+        """Binds; port 0 takes a free one. Without ``segmenting`` the kernel gets and gives single
+        datagrams. Raises `LocalError` when the address cannot be had."""
+        self._on_run = on_run
         self._on_batch = on_batch
         self._unsent: deque[tuple[tuple[Buffer, ...], Address]] = deque()
         self._unsent_bytes = 0
         #: Datagrams that were dropped because the kernel took no more, or refused.
         self.dropped = 0
         self._socket = _bound(host, port)
+        self._segments_sent = segmenting and _takes(self._socket, _UDP_SEGMENT, 0)
+        self._segments_read = segmenting and _takes(self._socket, _UDP_GRO, 1)
+        self._batch = memoryview(bytearray(_MAX_BATCH + _MAX_READ))
         self.address: Address = self._socket.getsockname()[:2]
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._readable)
@@ -61,7 +86,42 @@ class UdpSocket:
         are counted and otherwise ignored: loss recovery deals with them (spec: udx 2.6)."""
         if not transmit.segment:
             self._send(transmit.buffers, transmit.address)
+        elif not self._send_run(transmit):
+            self._send_singly(transmit)
+
+    def close(self) -> None:
+        """Forget the socket; what the kernel had not taken is lost. Harmless twice."""
+        if self._socket.fileno() < 0:
             return
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
+        self._socket.close()
+        self._unsent.clear()
+        self._unsent_bytes = 0
+
+    # Sending
+
+    def _send_run(self, transmit: Transmit) -> bool:
+        """Whether the kernel took the run as one, or it was dropped."""
+        if not self._segments_sent or self._unsent:
+            return False
+        size = _U16.pack(transmit.segment)
+        try:
+            self._socket.sendmsg(
+                transmit.buffers, ((_SOL_UDP, _UDP_SEGMENT, size),), 0, transmit.address
+            )
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno == errno.EIO:
+                # The device computes no checksums for segments, and never will.
+                self._segments_sent = False
+            if error.errno in _CANNOT_SEGMENT:
+                return False
+            self.dropped += 1
+        return True
+
+    def _send_singly(self, transmit: Transmit) -> None:
         datagram: list[Buffer] = []
         size = 0
         for buffer in transmit.buffers:
@@ -73,16 +133,6 @@ class UdpSocket:
                 size = 0
         if datagram:
             self._send(tuple(datagram), transmit.address)
-
-    def close(self) -> None:
-        """Forget the socket; what the kernel had not taken is lost. Harmless twice."""
-        if self._socket.fileno() < 0:
-            return
-        self._loop.remove_reader(self._socket.fileno())
-        self._loop.remove_writer(self._socket.fileno())
-        self._socket.close()
-        self._unsent.clear()
-        self._unsent_bytes = 0
 
     def _send(self, buffers: tuple[Buffer, ...], address: Address) -> None:
         if self._unsent:
@@ -117,21 +167,52 @@ class UdpSocket:
             self._unsent_bytes -= sum(map(len, buffers))
         self._loop.remove_writer(self._socket.fileno())
 
+    # Receiving
+
     def _readable(self) -> None:
-        receive = self._socket.recvfrom
-        on_datagram = self._on_datagram
+        """Read what there is, and put together what belongs together: each read lands right behind
+        the one before it."""
+        batch, on_run, receive = self._batch, self._on_run, self._socket.recvmsg_into
+        ancillary = _ANCILLARY if self._segments_read else 0
+        start = end = 0
+        segment = 0
+        source: Address | None = None
         for _ in range(MAX_READS):
             try:
-                datagram, source = receive(MAX_DATAGRAM)
+                size, about, _flags, sender = receive((batch[end : end + _MAX_READ],), ancillary)
             except BlockingIOError:
                 break
             except OSError:
                 # An ICMP error of some earlier datagram; it says nothing about this socket.
                 continue
-            on_datagram(datagram, source)
-            if self._socket.fileno() < 0:
-                return
+            if not size:
+                continue
+            length = _INT.unpack(about[0][2])[0] if about else size
+            # A run's datagrams have one size, but for the last: a shorter one ends it.
+            fits = length == segment or (size <= length and size < segment)
+            if not fits or sender != source or (end - start) % segment:
+                if source is not None:
+                    on_run(batch[start:end], segment, source)
+                    if self._socket.fileno() < 0:
+                        return
+                start, segment, source = end, length, sender
+            end += size
+            if end > _MAX_BATCH:
+                break
+        if source is not None:
+            on_run(batch[start:end], segment, source)
         self._on_batch()
+
+
+def _takes(udp: socket.socket, option: int, value: int) -> bool:
+    """Whether the kernel knows an option of runs."""
+    if sys.platform != "linux":
+        return False
+    try:
+        udp.setsockopt(_SOL_UDP, option, value)
+    except OSError:
+        return False
+    return True
 
 
 def _bound(host: str, port: int) -> socket.socket:

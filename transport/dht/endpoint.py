@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random, SystemRandom
+from typing import Any, TypeVar
 
 from ..channel import Channel
 from ..errors import Closed, InvalidInput, LocalError
@@ -28,6 +29,8 @@ from .hyperdht import Connection, HyperDHT, HyperDHTConfig
 from .node import NodeConfig
 from .records import Stored
 from .server import Server
+
+T = TypeVar("T")
 
 #: Every interface: a node must be reached from wherever its peers are. What may be reached through
 #: it is decided by keys.
@@ -66,6 +69,7 @@ class Endpoint:
     """A running node. `open` it, `close` it; everything else happens on the running event loop."""
 
     core: HyperDHT
+    address: Address
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
@@ -74,6 +78,8 @@ class Endpoint:
         self._channels: dict[Stream, Channel] = {}
         # Channels by the time of their last write, oldest first: one timer serves all keep-alives.
         self._written: dict[Channel, float] = {}
+        # Those who wait for the network: told when the endpoint closes, as no answer comes then.
+        self._waiters: set[asyncio.Future[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._pumping = False
         self._closed = False
@@ -96,7 +102,9 @@ class Endpoint:
             self._sockets[which] = UdpSocket(
                 config.host, port, partial(self._received, which), self._pump
             )
-        server_port = self._sockets[SERVER_SOCKET].address[1]
+        #: Host and port of the server socket.
+        self.address = self._sockets[SERVER_SOCKET].address
+        server_port = self.address[1]
         self.core = HyperDHT(
             HyperDHTConfig(
                 node=NodeConfig(
@@ -118,18 +126,14 @@ class Endpoint:
         self.wake()
 
     @property
-    def address(self) -> Address:
-        """Host and port of the server socket."""
-        return self._sockets[SERVER_SOCKET].address
-
-    @property
     def channels(self) -> int:
         """Channels that are open now."""
         return len(self._channels)
 
     async def ready(self) -> None:
-        """Until the bootstrap is over, however it went."""
-        waiter = self._loop.create_future()
+        """Until the bootstrap is over, however it went. Raises `Closed` if the endpoint closes
+        before."""
+        waiter: asyncio.Future[None] = self._waiter()
 
         def tell(_now: float) -> None:
             if not waiter.done():
@@ -137,15 +141,13 @@ class Endpoint:
 
         if not self.core.node.ready:
             self.core.on_ready.append(tell)
-            await waiter
+            await self._answer(waiter)
 
     async def connect(self, public_key: bytes, *, key_pair: KeyPair | None = None) -> Channel:
         """A channel to whoever listens under the 32-byte key. It has no protocol yet: whoever gets
         it sets one. Raises `ConnectError` when nobody can be reached, `InvalidInput` for a key that
-        cannot be one. Cancelling abandons the attempt."""
-        if self._closed:
-            raise Closed("the endpoint is closed: open another one")
-        waiter: asyncio.Future[Channel] = self._loop.create_future()
+        cannot be one, `Closed` if the endpoint closes. Cancelling abandons the attempt."""
+        waiter: asyncio.Future[Channel] = self._waiter()
 
         def opened(connection: Connection, now: float) -> None:
             if waiter.done():
@@ -163,7 +165,7 @@ class Endpoint:
         )
         self.wake()
         try:
-            return await waiter
+            return await self._answer(waiter)
         except asyncio.CancelledError:
             attempt.cancel(self._loop.time())
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
@@ -179,10 +181,9 @@ class Endpoint:
         allow: frozenset[bytes] | None = None,
     ) -> Listener:
         """Announce the key and accept. ``allow`` is the set of client keys that get an answer at
-        all; None admits everybody. Returns once the first announcements are out."""
-        if self._closed:
-            raise Closed("the endpoint is closed: open another one")
-        waiter: asyncio.Future[None] = self._loop.create_future()
+        all; None admits everybody. Returns once the first announcements are out. Raises
+        `InvalidInput` for a key that listens already, `Closed` if the endpoint closes."""
+        waiter: asyncio.Future[None] = self._waiter()
 
         def rejects(remote_public_key: bytes, _address: Address) -> bool:
             return allow is not None and remote_public_key not in allow
@@ -204,7 +205,7 @@ class Endpoint:
         self.wake()
         listener = Listener(self, server)
         try:
-            await waiter
+            await self._answer(waiter)
         except asyncio.CancelledError:
             server.close(self._loop.time(), lambda _now: None)
             self.wake()
@@ -213,8 +214,8 @@ class Endpoint:
 
     async def announce(self, topic: bytes, key_pair: KeyPair) -> int:
         """Tell the DHT that the key is found under a topic of 32 bytes, for some 20 minutes. How
-        many nodes took it."""
-        waiter: asyncio.Future[int] = self._loop.create_future()
+        many nodes took it. Raises `Closed` if the endpoint closes."""
+        waiter: asyncio.Future[int] = self._waiter()
 
         def stored(result: Stored, _now: float) -> None:
             if not waiter.done():
@@ -223,7 +224,7 @@ class Endpoint:
         query = self.core.records.announce(topic, key_pair, self._loop.time(), stored)
         self.wake()
         try:
-            return await waiter
+            return await self._answer(waiter)
         except asyncio.CancelledError:
             query.cancel()
             raise
@@ -249,15 +250,33 @@ class Endpoint:
         self.kill()
 
     def kill(self) -> None:
-        """Close the sockets at once, tell nobody."""
+        """Close the sockets at once. Peers see a reset; nothing is unannounced. Harmless twice."""
         self._closed = True
-        for channel in list(self._channels.values()):
-            channel.abort()
+        if self._channels:
+            for channel in list(self._channels.values()):
+                channel.abort()
+            self._pump_now()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         for udp in self._sockets.values():
             udp.close()
+        self._sockets.clear()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(_closed())
+
+    def _waiter(self) -> asyncio.Future[Any]:
+        if self._closed:
+            raise _closed()
+        return self._loop.create_future()
+
+    async def _answer(self, waiter: asyncio.Future[T]) -> T:
+        self._waiters.add(waiter)
+        try:
+            return await waiter
+        finally:
+            self._waiters.discard(waiter)
 
     # The pump
 
@@ -267,8 +286,8 @@ class Endpoint:
             self._pumping = True
             self._loop.call_soon(self._pump_now)
 
-    def _received(self, which: int, datagram: bytes, source: Address) -> None:
-        self.core.receive(datagram, which, source, self._loop.time())
+    def _received(self, which: int, data: memoryview, segment: int, source: Address) -> None:
+        self.core.receive_run(data, segment, which, source, self._loop.time())
 
     def _pump(self) -> None:
         self._pumping = True
@@ -276,6 +295,8 @@ class Endpoint:
 
     def _pump_now(self) -> None:
         self._pumping = False
+        if not self._sockets:
+            return
         core = self.core
         channels = self._channels
         for stream in core.mux.poll():
@@ -384,7 +405,7 @@ async def resolve(bootstrap: Sequence[str]) -> tuple[Address, ...]:
         host, port = parse_address(text)
         try:
             found = await loop.getaddrinfo(host, port, family=socket.AF_INET)
-        except OSError:
+        except (OSError, UnicodeError):  # of names that cannot be one
             unresolved = host
             continue
         addresses.append((str(found[0][4][0]), port))
@@ -397,9 +418,14 @@ def parse_address(text: str) -> Address:
     """Host and port of ``host:port`` or ``ip@name:port`` (then the ip). Raises `InvalidInput`."""
     host, separator, port = text.strip().rpartition(":")
     host = host.partition("@")[0]
-    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    valid = separator and host and port.isdecimal() and len(port) <= 5
+    if not valid or not 0 < int(port) < 65536:
         raise InvalidInput(f"{text!r} is not HOST:PORT with a port from 1 to 65535")
     return host, int(port)
+
+
+def _closed() -> Closed:
+    return Closed("the endpoint is closed: open another one")
 
 
 def local_hosts(host: str) -> tuple[str, ...]:

@@ -182,6 +182,14 @@ class HyperDHT:
         if not self.mux.receive(datagram, socket, source, now):
             self.node.receive(datagram, socket, source, now)
 
+    def receive_run(
+        self, data: memoryview, segment: int, socket: int, source: Address, now: float
+    ) -> None:
+        """Take a run of datagrams of ``segment`` bytes each, the last of which may be shorter;
+        ``data`` is not kept. As many calls of `receive`, for less."""
+        for datagram in self.mux.receive_run(data, segment, socket, source, now):
+            self.node.receive(datagram, socket, source, now)
+
     def transmits(self, now: float) -> list[Transmit]:
         """What is to be sent now; the answer to a handshake before the stream's first bytes."""
         return self.node.transmits(now) + self.mux.transmits(now)

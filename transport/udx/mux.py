@@ -22,6 +22,8 @@ TIME_WAIT = 5.0
 #: Closed streams remembered at most; the oldest are forgotten first. About 400 bytes each.
 MAX_TIME_WAIT = 16384
 
+#: How the header of a packet begins that carries data and nothing else.
+_PLAIN = bytes((wire.MAGIC, wire.VERSION, wire.DATA, 0))
 #: What a peer sends that has not heard that the stream is over.
 _WANTS_ANSWER = wire.DATA | wire.END | wire.HEARTBEAT
 
@@ -122,6 +124,30 @@ class Mux:
         elif not stream.closed:
             stream.receive(packet, now)
         return True
+
+    def receive_run(
+        self, data: memoryview, segment: int, socket: int, source: Address, now: float
+    ) -> list[bytes]:
+        """Take a run of datagrams of ``segment`` bytes each, the last of which may be shorter.
+        Returns those that are another protocol's. Nothing of ``data`` is kept."""
+        others: list[bytes] = []
+        first = 0
+        if segment > wire.HEADER_BYTES and data[: len(_PLAIN)] == _PLAIN:
+            run = wire.split(data, segment)
+            count = len(run.payloads)
+            while first < count:
+                stream = self._streams.get(run.ids[first])
+                if stream is None or stream.socket != socket or run.starts[first] != _PLAIN:
+                    break
+                end = run.consecutive(first)
+                self.stats.received += end - first
+                stream.receive_run(run, first, end, now)
+                first = end
+        for start in range(first * segment, len(data), segment):
+            datagram = bytes(data[start : start + segment])
+            if not self.receive(datagram, socket, source, now):
+                others.append(datagram)
+        return others
 
     def transmits(self, now: float) -> list[Transmit]:
         """What is to be sent now; each transmit is returned once."""

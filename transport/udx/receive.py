@@ -98,6 +98,18 @@ class Receiver:
             self._advance()
         return True
 
+    def accept_run(self, seq: int, payloads: tuple[bytes, ...]) -> bool:
+        """Take consecutive DATA packets if they are just what is expected, else none of them. The
+        bytes are copied together: what they lie in is not kept."""
+        if seq != self.next or self._packets or self.end is not None:
+            return False
+        size = sum(map(len, payloads))
+        if self._uncredited + size > self.capacity:
+            return False
+        self._append(b"".join(payloads))
+        self.next += len(payloads)
+        return True
+
     def take(self, limit: int | None = None) -> list[Buffer]:
         """Up to ``limit`` of the in-order bytes (all of them for None)."""
         if limit is None or limit >= self.readable:

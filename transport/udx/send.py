@@ -46,6 +46,25 @@ class SendBuffer:
             index += 1
         return found if len(found) <= _MAX_PIECES else [b"".join(found)]
 
+    def cut(self, offset: int, length: int, size: int) -> list[Buffer]:
+        """The ``length`` bytes at ``offset`` as packets of ``size`` bytes, the last of which may be
+        shorter; each in one piece."""
+        packets: list[Buffer] = []
+        end = offset + length
+        index = bisect_right(self._starts, offset) - 1
+        while offset < end:
+            chunk, begin = self._chunks[index], offset - self._starts[index]
+            # All packets that lie in this chunk as a whole, and then one that does not.
+            inside = min(len(chunk) - begin, end - offset)
+            inside -= inside % size if offset + inside < end else 0
+            packets += [chunk[at : at + size] for at in range(begin, begin + inside, size)]
+            offset += inside
+            if offset < end:
+                packets.append(b"".join(self.pieces(offset, min(size, end - offset))))
+                offset = min(offset + size, end)
+                index = bisect_right(self._starts, offset) - 1
+        return packets
+
     def release(self, offset: int) -> None:
         """Let go of the buffers that lie before ``offset`` as a whole."""
         if offset >= self.end:

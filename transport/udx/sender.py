@@ -35,6 +35,9 @@ class Carrier(Protocol):
     def header(self, kind: int, seq: int, padding: int) -> bytes:
         """The header of a packet that takes a number."""
 
+    def headers(self, first: int, count: int) -> list[bytes]:
+        """The headers of a run of new packets with plain data."""
+
     def carry(self, buffers: list[Buffer], segment: int, seq: int) -> None:
         """Send what makes up one `Transmit`, beginning with packet ``seq``."""
 
@@ -250,7 +253,12 @@ class Sender:
         fin = self.end_queued and length == available and not (self.end_apart and length)
         run = Run(first, first + count, self._offset, length, size, now, fin)
         buffers: list[Buffer] = []
-        for seq in range(first, run.end):
+        plain = 0 if padding or count == 1 else count - fin
+        if plain:
+            buffers = [b""] * (2 * plain)
+            buffers[::2] = carrier.headers(first, plain)
+            buffers[1::2] = self._buffer.cut(self._offset, min(length, plain * size), size)
+        for seq in range(first + plain, run.end):
             self._append_packet(buffers, run, seq, carrier, padding)
         carrier.carry(buffers, size + HEADER_BYTES if count > 1 else 0, first)
         self._offset += length

@@ -17,7 +17,7 @@ from typing import Protocol
 from ..errors import Broken, Closed, InvalidInput, StreamReset, StreamTimeout
 from ..transmit import Address, Buffer, Transmit
 from . import packet as wire
-from .packet import SEQ_MASK, Packet, expand
+from .packet import SEQ_MASK, Packet, PacketRun, expand
 from .receive import Receiver
 from .sender import MAX_TIMEOUTS, Sender
 
@@ -311,6 +311,40 @@ class Stream:
             self._acknowledged()
         self._after_receive()
 
+    def receive_run(self, run: PacketRun, first: int, end: int, now: float) -> None:
+        """Process packets ``first`` to ``end`` - 1 of a run: consecutive packets of plain data that
+        arrived on the stream's own socket."""
+        receiver, flight = self._receiver, self._sender.flight
+        seq = expand(run.seqs[first], receiver.next)
+        if not receiver.accept_run(seq, run.payloads[first:end]):
+            for index in range(first, end):
+                if self.closed:
+                    return
+                packet = Packet(
+                    wire.DATA,
+                    self.local_id,
+                    run.windows[index],
+                    run.seqs[index],
+                    run.acks[index],
+                    run.payloads[index],
+                )
+                self.receive(packet, now)
+            return
+        self.has_received = True
+        self._owner.changed(self)
+        # Of what the headers tell besides, the last one knows most.
+        last = end - 1
+        ack = expand(run.acks[last], flight.una)
+        if ack > flight.next:
+            self._owner.stats.wrong_acks += end - first
+            return
+        self._owe_ack()
+        if ack >= flight.una:
+            self._sender.update_window(seq + last - first, ack, run.windows[last])
+        if ack > flight.una and self._sender.acknowledge(ack, (), now) is not None:
+            self._acknowledged()
+        self._after_receive()
+
     def deadline(self) -> float | None:
         """When `on_deadline` must be called at the latest."""
         if not self.connected or self.closed:
@@ -368,6 +402,15 @@ class Stream:
             seq & SEQ_MASK,
             self._receiver.next & SEQ_MASK,
         )
+
+    def headers(self, first: int, count: int) -> list[bytes]:
+        """The headers of a run of new packets with plain data."""
+        pack, remote, window = wire.HEADER.pack, self._current.id, self._advertise()
+        ack = self._receiver.next & SEQ_MASK
+        return [
+            pack(wire.MAGIC, wire.VERSION, wire.DATA, 0, remote, window, seq & SEQ_MASK, ack)
+            for seq in range(first, first + count)
+        ]
 
     def carry(self, buffers: list[Buffer], segment: int, seq: int) -> None:
         """Send what makes up one transmit, beginning with packet ``seq``."""

@@ -1,0 +1,594 @@
+"""The shell of a node: real UDP on 127.0.0.1, and virtual time where time is the point."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from random import Random
+from typing import Any
+
+import pytest
+
+from hyperseaport.testing.clock import run_virtual
+from hyperseaport.testing.network import datagrams
+from hyperseaport.transport import keys
+from hyperseaport.transport.channel import Channel
+from hyperseaport.transport.dht import endpoint as module
+from hyperseaport.transport.dht.endpoint import (
+    KEEP_ALIVE,
+    Endpoint,
+    EndpointConfig,
+    Listener,
+    local_hosts,
+    parse_address,
+    resolve,
+)
+from hyperseaport.transport.errors import (
+    Closed,
+    ConnectError,
+    InvalidInput,
+    LocalError,
+    PeerNotFound,
+    StreamReset,
+)
+from hyperseaport.transport.keys import KeyPair
+from hyperseaport.transport.transmit import Address, Transmit
+
+HOST = "127.0.0.1"
+SERVER_KEYS = KeyPair.from_seed(bytes([1]) * 32)
+CLIENT_KEYS = KeyPair.from_seed(bytes([2]) * 32)
+
+
+class Recorder(asyncio.Protocol):
+    def __init__(self) -> None:
+        self.data = b""
+        self.ended = asyncio.Event()
+        self.lost: list[Exception | None] = []
+        self.arrived = asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+        self.arrived.set()
+
+    def eof_received(self) -> bool:
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.append(exc)
+        self.ended.set()
+
+
+class Echo(Recorder):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, Channel)
+        self.channel = transport
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.channel.write(data)
+
+    def eof_received(self) -> bool:
+        self.channel.write_eof()
+        return True
+
+
+@contextlib.asynccontextmanager
+async def network(nodes: int = 3, *, members: int = 2) -> AsyncIterator[list[Endpoint]]:
+    """Members of a private network, ready; all of it is closed at the end."""
+    opened: list[Endpoint] = []
+    bootstrap: tuple[str, ...] = ()
+    try:
+        for number in range(nodes + members):
+            permanent = number < nodes
+            config = EndpointConfig(
+                bootstrap=bootstrap,
+                host=HOST,
+                permanent=permanent,
+                find_node_delay=0.02 if permanent and number else 0.0,
+            )
+            endpoint = await Endpoint.open(config, rng=Random(number))
+            opened.append(endpoint)
+            await endpoint.ready()
+            if not bootstrap:
+                bootstrap = (f"{HOST}:{endpoint.address[1]}",)
+        yield opened[nodes:]
+    finally:
+        for endpoint in reversed(opened):
+            await endpoint.close()
+
+
+async def echoing(
+    endpoint: Endpoint, accepted: list[Channel], allow: frozenset[bytes] | None = None
+) -> Listener:
+    def accept(channel: Channel) -> None:
+        accepted.append(channel)
+        channel.set_protocol(Echo())
+
+    return await endpoint.listen(SERVER_KEYS, accept, allow=allow)
+
+
+def descriptors() -> list[str]:
+    """What this process has open, the sockets by their numbers."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(found)
+
+
+def timers() -> list[asyncio.TimerHandle]:
+    loop: Any = asyncio.get_running_loop()
+    return [timer for timer in loop._scheduled if not timer.cancelled()]
+
+
+# Real sockets
+
+
+async def test_a_life_with_real_sockets_leaves_nothing() -> None:
+    await asyncio.get_running_loop().getaddrinfo(HOST, 1)  # the executor's thread stays
+    before, rings = descriptors(), timers()
+    accepted: list[Channel] = []
+    async with network() as (server, client):
+        assert len(descriptors()) == len(before) + 2 * 5
+        assert server.address[0] == HOST
+        listener = await echoing(server, accepted)
+        assert listener.public_key == SERVER_KEYS.public_key
+        channel = await client.connect(SERVER_KEYS.public_key, key_pair=CLIENT_KEYS)
+        assert not channel.has_protocol
+        mine = Recorder()
+        channel.set_protocol(mine)
+        channel.write(b"hello")
+        await mine.arrived.wait()
+        assert mine.data == b"hello"
+        [peer] = accepted
+        assert peer.remote_public_key == CLIENT_KEYS.public_key
+        assert channel.remote_public_key == SERVER_KEYS.public_key
+        assert client.channels == server.channels == 1
+        channel.write_eof()
+        await mine.ended.wait()
+        assert mine.lost == [None]
+        assert client.channels == 0
+        # Two that nobody ends.
+        for _ in range(2):
+            left = await client.connect(SERVER_KEYS.public_key)
+        left_over = Recorder()
+        left.set_protocol(left_over)
+    assert left_over.lost or await left_over.ended.wait()
+    assert server.channels == client.channels == 0
+    assert descriptors() == before
+    assert timers() == rings
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await server.close()
+    server.kill()
+    listener.kill()
+    await listener.close()
+    await asyncio.sleep(0)
+    assert timers() == rings
+    for call in (
+        client.connect(SERVER_KEYS.public_key),
+        client.listen(CLIENT_KEYS, lambda _channel: None),
+        client.announce(bytes(32), CLIENT_KEYS),
+    ):
+        with pytest.raises(Closed):
+            await call
+
+
+async def test_a_closed_listener_is_found_no_more() -> None:
+    accepted: list[Channel] = []
+    async with network() as (server, client):
+        listener = await echoing(server, accepted)
+        with pytest.raises(InvalidInput, match="listens already"):
+            await echoing(server, accepted)
+        channel = await client.connect(SERVER_KEYS.public_key)
+        mine = Recorder()
+        channel.set_protocol(mine)
+        await listener.close()
+        await listener.close()
+        with pytest.raises(ConnectError):
+            await client.connect(SERVER_KEYS.public_key)
+        # What is open stays open.
+        channel.write(b"still here")
+        await mine.arrived.wait()
+        assert mine.data == b"still here"
+        again = await echoing(server, accepted)
+        await client.connect(SERVER_KEYS.public_key)
+        again.kill()
+        assert len(accepted) == 2
+
+
+async def test_nobody_has_the_key() -> None:
+    async with network() as (_, client):
+        with pytest.raises(PeerNotFound):
+            await client.connect(CLIENT_KEYS.public_key)
+        with pytest.raises(InvalidInput):
+            await client.connect(bytes(31))
+        assert client.channels == 0
+        assert len(client.core.mux) == 0
+
+
+async def test_a_topic_is_announced() -> None:
+    async with network() as (server, _):
+        assert await server.announce(keys.blake2b(b"topic"), SERVER_KEYS) == 3
+
+
+async def test_a_port_in_use_is_one_line_and_leaves_no_socket() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind((HOST, 0))
+        before = descriptors()
+        port = taken.getsockname()[1]
+        with pytest.raises(LocalError, match=f"127.0.0.1:{port}") as caught:
+            await Endpoint.open(EndpointConfig(bootstrap=(), host=HOST, port=port))
+        assert "\n" not in str(caught.value)
+        assert descriptors() == before
+
+
+# Texts
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:49737", ("127.0.0.1", 49737)),
+        (" node.example:1\n", ("node.example", 1)),
+        ("88.99.3.86@node1.hyperdht.org:65535", ("88.99.3.86", 65535)),
+    ],
+)
+def test_addresses_as_text(text: str, address: Address) -> None:
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ":", "host", "host:", ":1", "@name:1", "host:0", "host:65536", "host:-1", "host:1.5"]
+    + ["host:" + "9" * 5000, "host:\u00b2"],
+)
+def test_texts_that_are_no_address(text: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_address(text)
+    assert "HOST:PORT" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+async def test_names_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    async def lookup(host: str, port: int, *, family: int) -> list[Any]:
+        asked.append((host, family))
+        if host == "weird":
+            host.encode("idna").decode("utf-16")
+        if not host.endswith(("1", "2")):
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return [(family, socket.SOCK_DGRAM, 17, "", (f"10.0.0.{host[-1]}", port))]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup)
+    found = await resolve(("name1:5", "unknown:6", "8.8.8.1@name:7", "name2:8"))
+    assert found == (("10.0.0.1", 5), ("10.0.0.1", 7), ("10.0.0.2", 8))
+    assert asked[2] == ("8.8.8.1", socket.AF_INET)
+    assert await resolve(()) == ()
+    with pytest.raises(LocalError, match="unknown has no address"):
+        await resolve(("unknown:6",))
+    with pytest.raises(InvalidInput):
+        await resolve(("name1:5", "no port"))
+
+
+@pytest.mark.parametrize("name", ["a..b", "x" * 64, ".example"])
+async def test_names_that_cannot_be_one(name: str) -> None:
+    """They fail before the resolver is asked, with another error than its own."""
+    with pytest.raises(LocalError, match="has no address"):
+        await resolve((f"{name}:1",))
+    assert await resolve((f"{name}:1", "127.0.0.1:2")) == (("127.0.0.1", 2),)
+
+
+def test_local_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local_hosts("192.168.7.7") == ("192.168.7.7",)
+    monkeypatch.setattr(module, "_interface_hosts", lambda: ["10.1.1.1", "10.2.2.2", "10.1.1.1"])
+    assert local_hosts("0.0.0.0") == ("10.1.1.1", "10.2.2.2")
+    monkeypatch.setattr(module, "_interface_hosts", list)
+    assert local_hosts("0.0.0.0") == ("127.0.0.1",)
+
+
+def test_local_hosts_of_this_machine() -> None:
+    for host in local_hosts("0.0.0.0"):
+        socket.inet_aton(host)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "found"), [(["127.0.1.1", "10.3.3.3"], ["10.3.3.3"]), (None, [])]
+)
+def test_local_hosts_of_other_systems(
+    monkeypatch: pytest.MonkeyPatch, hosts: list[str] | None, found: list[str]
+) -> None:
+    def lookup(_name: str) -> tuple[str, list[str], list[str]]:
+        if hosts is None:
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return "name", [], hosts
+
+    monkeypatch.setattr(module.sys, "platform", "darwin")
+    monkeypatch.setattr(module.socket, "gethostbyname_ex", lookup)
+    assert list(module._interface_hosts()) == found
+
+
+# Virtual time
+
+
+class MemoryUdp:
+    """What an endpoint sees of a UDP socket, on a wire inside this process."""
+
+    delay = 0.002
+    bound: dict[Address, MemoryUdp]
+    #: (time, datagram) of all that was sent.
+    sent: list[tuple[float, bytes]]
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        on_run: Callable[[memoryview, int, Address], None],
+        on_batch: Callable[[], None],
+    ) -> None:
+        self.address = (host, port or 10_000 + len(self.bound))
+        assert self.address not in self.bound
+        self.bound[self.address] = self
+        self.dropped = 0
+        self._loop = asyncio.get_running_loop()
+        self._on_run = on_run
+        self._on_batch = on_batch
+        self._inbox: deque[tuple[bytes, Address]] = deque()
+        self.closed = False
+
+    def send(self, transmit: Transmit) -> None:
+        assert not self.closed
+        to = self.bound.get(transmit.address)
+        for datagram in datagrams(transmit):
+            self.sent.append((self._loop.time(), datagram))
+            if to is not None:
+                to._inbox.append((datagram, self.address))
+                self._loop.call_later(self.delay, to._arrive)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _arrive(self) -> None:
+        datagram, source = self._inbox.popleft()
+        if not self.closed:
+            memory = bytearray(datagram)
+            self._on_run(memoryview(memory), max(len(memory), 1), source)
+            # The memory is used again at once: whoever kept it would see.
+            memory[:] = bytes(len(memory))
+            self._on_batch()
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> type[MemoryUdp]:
+    """Endpoints of this test have sockets in memory, and resolve without threads."""
+
+    class Wire(MemoryUdp):
+        bound: dict[Address, MemoryUdp] = {}
+        sent: list[tuple[float, bytes]] = []
+
+    async def addresses(texts: Sequence[str]) -> tuple[Address, ...]:
+        return tuple(map(parse_address, texts))
+
+    monkeypatch.setattr(module, "UdpSocket", Wire)
+    monkeypatch.setattr(module, "resolve", addresses)
+    return Wire
+
+
+async def virtual_pair(
+    accepted: list[Channel], allow: frozenset[bytes] | None = None
+) -> tuple[Endpoint, Endpoint]:
+    """A permanent node that listens, and a member beside it."""
+    config = EndpointConfig(bootstrap=(), host="10.0.0.1", port=49737, permanent=True)
+    server = await Endpoint.open(config, rng=Random(1))
+    config = EndpointConfig(bootstrap=("10.0.0.1:49737",), host="10.0.0.2")
+    client = await Endpoint.open(config, rng=Random(2))
+    await server.ready()
+    await client.ready()
+    await echoing(server, accepted, allow)
+    return server, client
+
+
+def test_a_client_that_is_not_allowed_gets_no_answer(wire: type[MemoryUdp]) -> None:
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted, frozenset((CLIENT_KEYS.public_key,)))
+        with pytest.raises(ConnectError):
+            await client.connect(SERVER_KEYS.public_key, key_pair=KeyPair.from_seed(bytes(32)))
+        assert accepted == []
+        assert client.channels == server.channels == 0
+        assert len(client.core.mux) == len(server.core.mux) == 0
+        await client.connect(SERVER_KEYS.public_key, key_pair=CLIENT_KEYS)
+        assert len(accepted) == 1
+        await client.close()
+        await server.close()
+
+    run_virtual(scenario())
+
+
+def test_keep_alives_are_timed_by_the_last_write(wire: type[MemoryUdp]) -> None:
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        loop = asyncio.get_running_loop()
+        proofs: dict[Channel, list[float]] = {}
+        written: dict[Channel, float] = {}
+        channels = []
+        for number in range(10):
+            channel = await client.connect(SERVER_KEYS.public_key)
+            channel.set_protocol(Recorder())
+            channels.append(channel)
+            keep_alive = channel.keep_alive
+
+            def proof(channel: Channel = channel, real: Callable[[], None] = keep_alive) -> None:
+                proofs.setdefault(channel, []).append(loop.time())
+                real()
+
+            channel.keep_alive = proof  # type: ignore[method-assign]
+            channel.write(bytes([number]))
+            written[channel] = loop.time()
+            await asyncio.sleep(0.3)
+            # One timer serves them all.
+            assert client._timer is not None
+            assert [timer for timer in timers() if timer._callback == client._ring] == [  # type: ignore[attr-defined]
+                client._timer
+            ]
+        busy = channels[0]
+        for _ in range(20):
+            busy.write(b"busy")
+            written[busy] = loop.time()
+            await asyncio.sleep(1.0)
+        assert busy not in proofs
+        for channel in channels[1:]:
+            due = written[channel]
+            for when in proofs[channel]:
+                due += KEEP_ALIVE
+                assert when == pytest.approx(due, abs=0.05)
+            assert len(proofs[channel]) in {3, 4}
+        # They reach the peer and are not delivered.
+        assert sum(len(peer.get_protocol().data) for peer in accepted) == 10 + 20 * 4  # type: ignore[attr-defined]
+        for channel in channels:
+            channel.abort()
+        assert client._written == {}
+        counts = {channel: len(times) for channel, times in proofs.items()}
+        await asyncio.sleep(60)
+        assert counts == {channel: len(times) for channel, times in proofs.items()}
+        await client.close()
+        await server.close()
+
+    run_virtual(scenario())
+
+
+def test_channels_live_as_long_as_both_sides_do(wire: type[MemoryUdp]) -> None:
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        channel = await client.connect(SERVER_KEYS.public_key)
+        protocol = Recorder()
+        channel.set_protocol(protocol)
+        await asyncio.sleep(3600)
+        assert protocol.lost == []
+        wire.bound.clear()  # the network is gone
+        await asyncio.sleep(60)
+        assert len(protocol.lost) == 1
+        assert isinstance(protocol.lost[0], TimeoutError)
+        assert client.channels == server.channels == 0
+        client.kill()
+        server.kill()
+
+    run_virtual(scenario())
+
+
+def test_a_connect_may_be_cancelled_at_any_moment(wire: type[MemoryUdp]) -> None:
+    """Whenever that is, no channel and no stream stays on either side."""
+
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        completed = 0
+        for step in range(60):
+            accepted.clear()
+            # An identity of its own each time: nothing is remembered from the last connect.
+            connecting = asyncio.ensure_future(
+                client.connect(SERVER_KEYS.public_key, key_pair=KeyPair.from_seed(bytes([step]) * 32))
+            )
+            await asyncio.sleep(step * 0.00025)
+            for _ in range(step % 5):
+                await asyncio.sleep(0)
+            if connecting.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await connecting
+            else:
+                completed += 1
+                connecting.result().abort()
+            assert client.channels == 0
+            assert len(client.core.mux) == 0
+            assert client._waiters == set()
+            for channel in accepted:
+                protocol = channel.get_protocol()
+                assert isinstance(protocol, Recorder)
+                async with asyncio.timeout(120):
+                    await protocol.ended.wait()
+            await asyncio.sleep(30)
+            assert server.channels == 0
+            assert len(server.core.mux) == 0
+        assert 0 < completed < 60
+        await client.close()
+        await server.close()
+
+    run_virtual(scenario())
+
+
+def test_closing_tells_everybody_who_waits(wire: type[MemoryUdp]) -> None:
+    async def scenario() -> None:
+        config = EndpointConfig(bootstrap=("10.9.9.9:9",), host="10.0.0.2")
+        endpoint = await Endpoint.open(config, rng=Random(2))
+        waiting = [
+            asyncio.ensure_future(each)
+            for each in (
+                endpoint.ready(),
+                endpoint.connect(SERVER_KEYS.public_key),
+                endpoint.listen(CLIENT_KEYS, lambda _channel: None),
+                endpoint.announce(bytes(32), CLIENT_KEYS),
+            )
+        ]
+        await asyncio.sleep(0.1)
+        assert not any(task.done() for task in waiting)
+        await endpoint.close()
+        for task in waiting:
+            with pytest.raises(Closed):
+                await task
+        assert timers() == []
+        assert len(endpoint.core.mux) == 0
+
+    run_virtual(scenario())
+
+
+@pytest.mark.parametrize("leave", ["close", "kill"])
+def test_nothing_moves_after_the_end(wire: type[MemoryUdp], leave: str) -> None:
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        channel = await client.connect(SERVER_KEYS.public_key)
+        protocol = Recorder()
+        channel.set_protocol(protocol)
+        channel.write(b"under way")
+        for endpoint in (client, server):
+            if leave == "close":
+                await endpoint.close()
+            else:
+                endpoint.kill()
+            endpoint.wake()
+        await asyncio.sleep(1)
+        assert protocol.lost == [None]
+        sent = len(wire.sent)
+        assert timers() == []
+        channel.write(b"ignored")
+        channel.close()
+        await asyncio.sleep(600)
+        assert timers() == []
+        assert len(wire.sent) == sent
+        assert all(udp.closed for udp in wire.bound.values())  # type: ignore[attr-defined]
+
+    run_virtual(scenario())
+
+
+def test_closing_resets_the_peers_at_once(wire: type[MemoryUdp]) -> None:
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        channel = await client.connect(SERVER_KEYS.public_key)
+        protocol = Recorder()
+        channel.set_protocol(protocol)
+        await asyncio.sleep(1)
+        before = asyncio.get_running_loop().time()
+        await server.close()
+        await protocol.ended.wait()
+        assert isinstance(protocol.lost[0], StreamReset)
+        assert asyncio.get_running_loop().time() - before < 1
+        await client.close()
+
+    run_virtual(scenario())

@@ -1,0 +1,313 @@
+"""Real UDP sockets on 127.0.0.1, with and without the kernel's runs of datagrams."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import pytest
+
+from hyperseaport.transport.errors import LocalError
+from hyperseaport.transport.transmit import Address, Buffer, Transmit
+from hyperseaport.transport.udp import MAX_UNSENT, UdpSocket
+
+HOST = "127.0.0.1"
+
+#: Whether runs are left to the kernel.
+kernels = pytest.mark.parametrize("segmenting", [True, False], ids=["runs", "singly"])
+
+
+class Peer:
+    """A `UdpSocket` and what it received."""
+
+    def __init__(self, *, segmenting: bool = True, host: str = HOST, port: int = 0) -> None:
+        self.datagrams: list[bytes] = []
+        self.sources: set[Address] = set()
+        self.batches = 0
+        self.on_batch: Callable[[], None] = lambda: None
+        self._changed = asyncio.Event()
+        self.udp = UdpSocket(host, port, self._run, self._batch, segmenting=segmenting)
+        self.address = self.udp.address
+
+    async def until(self, count: int) -> list[bytes]:
+        """All datagrams, once there are so many."""
+        async with asyncio.timeout(10):
+            while len(self.datagrams) < count:
+                self._changed.clear()
+                await self._changed.wait()
+        return self.datagrams
+
+    def send(self, to: Address, *buffers: Buffer, segment: int = 0) -> None:
+        self.udp.send(Transmit(0, to, buffers, segment))
+
+    def _run(self, data: memoryview, segment: int, source: Address) -> None:
+        self.sources.add(source)
+        for start in range(0, len(data), segment):
+            self.datagrams.append(bytes(data[start : start + segment]))
+        self._changed.set()
+
+    def _batch(self) -> None:
+        self.batches += 1
+        self.on_batch()
+
+
+class Pair:
+    def __init__(self, segmenting: bool) -> None:
+        self.left, self.right = Peer(segmenting=segmenting), Peer(segmenting=segmenting)
+
+    def __enter__(self) -> tuple[Peer, Peer]:
+        return self.left, self.right
+
+    def __exit__(self, *_exc_info: object) -> None:
+        self.left.udp.close()
+        self.right.udp.close()
+
+
+def cut(data: bytes, size: int) -> Iterator[bytes]:
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+@kernels
+async def test_datagrams_arrive_whole_and_say_where_they_come_from(segmenting: bool) -> None:
+    with Pair(segmenting) as (left, right):
+        assert left.address[0] == HOST
+        assert 0 < left.address[1] < 65536
+        assert left.udp.address != right.udp.address
+        left.send(right.address, b"one")
+        left.send(right.address, b"t", bytearray(b"w"), memoryview(b"xoy")[1:2])
+        left.send(right.address, bytes(1472))
+        assert await right.until(3) == [b"one", b"two", bytes(1472)]
+        assert right.sources == {left.address}
+        right.send(left.address, b"back")
+        assert await left.until(1) == [b"back"]
+        assert left.udp.dropped == right.udp.dropped == 0
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("size", "segment"), [(1200, 1200), (2400, 1200), (2401, 1200), (40_000, 1180), (63_000, 1400)]
+)
+async def test_a_run_arrives_as_datagrams(segmenting: bool, size: int, segment: int) -> None:
+    with Pair(segmenting) as (left, right):
+        data = Random(size).randbytes(size)
+        pieces = list(cut(data, segment))
+        # As UDX makes them: a header and a body, neither of which crosses into the next datagram.
+        buffers = [part for piece in pieces for part in (piece[:20], memoryview(piece)[20:]) if part]
+        left.send(right.address, *buffers, segment=segment)
+        assert await right.until(len(pieces)) == pieces
+
+
+@kernels
+async def test_runs_and_single_datagrams_of_all_sizes_stay_apart(segmenting: bool) -> None:
+    """Whatever was put together on the way is taken apart where it was joined."""
+    rng = Random(3)
+    with Pair(segmenting) as (left, right):
+        sent: list[bytes] = []
+        for _ in range(200):
+            segment = rng.choice((1, 2, 20, 500, 1180, 1180, 1400))
+            data = rng.randbytes(rng.randrange(1, segment * rng.choice((1, 1, 5, 20)) + 1))
+            if len(data) <= segment:
+                left.send(right.address, data)
+            else:
+                left.send(right.address, *cut(data, segment), segment=segment)
+            sent += cut(data, segment)
+            if rng.random() < 0.3:
+                await right.until(len(sent))
+        assert await right.until(len(sent)) == sent
+
+
+async def test_two_sources_are_told_apart() -> None:
+    with Pair(True) as (left, right):
+        third = Peer()
+        try:
+            heard: list[tuple[bytes, Address]] = []
+            real = right._run
+
+            def run(data: memoryview, segment: int, source: Address) -> None:
+                heard.extend((bytes(piece), source) for piece in cut(bytes(data), segment))
+                real(data, segment, source)
+
+            right.udp._on_run = run  # type: ignore[assignment]
+            for number in range(20):
+                peer = left if number % 2 else third
+                peer.send(right.address, bytes([number]) * 10)
+            await right.until(20)
+            for data, source in heard:
+                assert source == (left if data[0] % 2 else third).address
+        finally:
+            third.udp.close()
+
+
+async def test_one_batch_is_answered_as_a_whole() -> None:
+    with Pair(True) as (left, right):
+        for number in range(30):
+            left.send(right.address, bytes([number]))
+        await right.until(30)
+        assert right.batches < 10
+
+
+async def test_a_flood_leaves_other_work_its_turn() -> None:
+    with Pair(False) as (left, right):
+        turns = 0
+
+        def turn() -> None:
+            nonlocal turns
+            turns += 1
+
+        for number in range(300):
+            left.send(right.address, number.to_bytes(2, "big"))
+        loop = asyncio.get_running_loop()
+        right.on_batch = lambda: loop.call_soon(turn) and None  # type: ignore[assignment]
+        await right.until(300)
+        assert turns >= 3
+
+
+@pytest.mark.parametrize("size", [0, 1, 2047, 2048, 2049, 9000, 60_000])
+async def test_datagrams_of_strangers_of_any_size_do_no_harm(size: int) -> None:
+    peer = Peer()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        try:
+            stranger.sendto(bytes(size), peer.address)
+            stranger.sendto(b"afterwards", peer.address)
+            async with asyncio.timeout(10):
+                while b"afterwards" not in await peer.until(1):
+                    await asyncio.sleep(0)
+                    await peer.until(len(peer.datagrams) + (peer.datagrams[-1] != b"afterwards"))
+            assert all(data.strip(b"\0") in {b"", b"afterwards"} for data in peer.datagrams)
+        finally:
+            peer.udp.close()
+
+
+@kernels
+async def test_errors_of_the_network_are_ignored(segmenting: bool) -> None:
+    with Pair(segmenting) as (left, right):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gone:
+            gone.bind((HOST, 0))
+            nobody: Address = gone.getsockname()
+        # ICMP says that nobody is there, which the kernel tells at the next call.
+        for _ in range(3):
+            left.send(nobody, b"anybody?")
+            left.send(nobody, bytes(100), bytes(100), segment=100)
+        # Too long, no way there, and not permitted.
+        left.send(right.address, bytes(70_000))
+        left.send(("255.255.255.255", 9), b"broadcast")
+        assert left.udp.dropped >= 2
+        left.send(right.address, b"still here")
+        assert await right.until(1) == [b"still here"]
+
+
+class FullKernel:
+    """Stands for a socket whose kernel takes nothing more until it is told to."""
+
+    def __init__(self, real: socket.socket) -> None:
+        self._real = real
+        self.full = True
+        self.error: OSError | None = None
+
+    def sendmsg(self, *arguments: Any) -> int:
+        if self.full:
+            raise BlockingIOError
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return self._real.sendmsg(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+@kernels
+async def test_what_the_kernel_does_not_take_waits_in_order(segmenting: bool) -> None:
+    with Pair(segmenting) as (left, right):
+        kernel = FullKernel(left.udp._socket)
+        left.udp._socket = kernel  # type: ignore[assignment]
+        left.send(right.address, b"first")
+        left.send(right.address, b"ab", b"cd", b"e", segment=2)
+        await asyncio.sleep(0)
+        assert right.datagrams == []
+        kernel.full = False
+        left.send(right.address, b"last")
+        assert await right.until(5) == [b"first", b"ab", b"cd", b"e", b"last"]
+        assert left.udp.dropped == 0
+        left.send(right.address, b"at once")
+        assert (await right.until(6))[-1] == b"at once"
+
+
+async def test_what_waits_is_bounded_and_an_error_costs_one_datagram() -> None:
+    with Pair(True) as (left, right):
+        kernel = FullKernel(left.udp._socket)
+        left.udp._socket = kernel  # type: ignore[assignment]
+        size = 1024
+        room = MAX_UNSENT // size
+        for number in range(room + 10):
+            left.send(right.address, number.to_bytes(4, "big") + bytes(size - 4))
+        assert left.udp.dropped == 10
+        kernel.error = OSError(101, "Network is unreachable")
+        kernel.full = False
+        datagrams = await right.until(room - 1)
+        assert [int.from_bytes(data[:4], "big") for data in datagrams] == list(range(1, room))
+        assert left.udp.dropped == 11
+        left.send(right.address, b"room again")
+        assert (await right.until(room))[-1] == b"room again"
+
+
+async def test_close_lets_go_of_everything_and_is_harmless_twice() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with Pair(True) as (left, right):
+        left.send(right.address, b"under way")
+        kernel = FullKernel(left.udp._socket)
+        left.udp._socket = kernel  # type: ignore[assignment]
+        left.send(right.address, b"waits")
+        right.udp.close()
+        right.udp.close()
+        left.udp.close()
+        left.udp.close()
+        kernel.full = False
+        left.send(right.address, b"too late")
+        await asyncio.sleep(0)
+        assert right.datagrams == []
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_the_owner_may_close_while_it_is_told() -> None:
+    with Pair(False) as (left, right):
+        heard = []
+
+        def run(data: memoryview, _segment: int, _source: Address) -> None:
+            heard.append(bytes(data))
+            right.udp.close()
+
+        right.udp._on_run = run  # type: ignore[assignment]
+        third = Peer()
+        for peer in (left, third, left):
+            peer.send(right.address, b"x")
+        async with asyncio.timeout(10):
+            while not heard:
+                await asyncio.sleep(0)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert heard == [b"x"]
+        third.udp.close()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "not an address", "256.1.1.1"])
+async def test_an_address_that_cannot_be_had_is_one_line(host: str) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(LocalError, match="cannot listen on UDP") as caught:
+        Peer(host=host)
+    assert "\n" not in str(caught.value)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_port_in_use_is_one_line() -> None:
+    peer = Peer()
+    try:
+        with pytest.raises(LocalError, match=f"{HOST}:{peer.address[1]}"):
+            Peer(port=peer.address[1])
+    finally:
+        peer.udp.close()
