@@ -129,7 +129,12 @@ def proxy_tree(
     """A local TCP port for whatever service matches ``role`` (``name@range``). Raises
     `InvalidInput` for a role that nothing can match."""
     meta = roles.to_find(role)
-    args = ProxyArgs(host, port, key_pair or KeyPair.generate())
+    chosen = port == 0
+    if chosen:
+        # Known before the listener runs, so that one that is restarted comes back where its
+        # clients know it.
+        port = _free_ports(socket.SOCK_STREAM, host, 1)[0]
+    args = ProxyArgs(host, port, key_pair or KeyPair.generate(), chosen)
     proxy = SupervisorSpec(
         "rest_for_one",
         (
@@ -254,12 +259,17 @@ def _ports(host: str, port: int, nodes: int) -> list[int]:
                 f"{nodes} nodes from port {port} end above 65535: choose a lower --port"
             )
         return list(range(port, port + nodes))
+    return _free_ports(socket.SOCK_DGRAM, host, nodes)
+
+
+def _free_ports(kind: socket.SocketKind, host: str, count: int) -> list[int]:
     with ExitStack() as stack:
         found: list[int] = []
-        for _ in range(nodes):
-            probe = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        for _ in range(count):
             try:
-                probe.bind((host, 0))
+                family, _, protocol, _, address = socket.getaddrinfo(host, 0, type=kind)[0]
+                probe = stack.enter_context(socket.socket(family, kind, protocol))
+                probe.bind(address)
             except OSError as error:
                 raise LocalError(
                     f"cannot listen on {host} ({error.strerror}): choose another --host"

@@ -293,8 +293,8 @@ class ProxyListening:
 
     host: str
     port: int
-    #: The port that was asked for: 0 for any.
-    asked: int
+    #: Nobody asked for this port: it was free.
+    chosen: bool = False
 
 
 @dataclass(frozen=True, slots=True)

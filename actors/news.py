@@ -62,7 +62,7 @@ def proxy(say: Say, role: str) -> Show:
         match news:
             case LinkUp():
                 say("connected to registry")
-            case ProxyListening() if news.asked == 0:
+            case ProxyListening() if news.chosen:
                 say(f"listening on {news.host}:{news.port}")
             case ProxyRouted():
                 say(f"found service {inspect(_found(news.service))}")

@@ -32,6 +32,8 @@ class ProxyArgs:
     host: str
     port: int
     key_pair: KeyPair
+    #: Nobody asked for this port: it was free.
+    chosen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class ProxyListener(Actor):
         self._port: int = self._socket.getsockname()[1]
         self._accepting(True)
         self.log.info("proxy listening", host=args.host, port=self._port)
-        self.send(self.context["console"], ProxyListening(args.host, self._port, args.port))
+        self.send(self.context["console"], ProxyListening(args.host, self._port, args.chosen))
         self.send(self.context["resolver"], Follow())
         self.ready()
 

@@ -384,7 +384,7 @@ def test_service_options(console: Console) -> None:
 def test_proxy_options(console: Console) -> None:
     console.accepts("proxy", KEY, "-p", "0", "-r", "couchdb@3.x", "--host", "127.0.0.2")
     args = console.args("listener")
-    assert (args.host, args.port) == ("127.0.0.2", 0)
+    assert (args.host, args.chosen) == ("127.0.0.2", True)
     assert console.args("resolver")["version"] == "3.x"
     console.accepts("proxy", KEY, "-p", "5985", "-r", "couchdb")
     assert console.args("listener").host == "127.0.0.1"

@@ -24,6 +24,7 @@ from hyperseaport.actors.deployment import (
     service_tree,
 )
 from hyperseaport.actors.pipe import DRAIN
+from hyperseaport.actors.proxy import ProxyArgs
 from hyperseaport.actors.registry import roles
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.supervisor import ChildSpec, Supervisor, SupervisorSpec
@@ -266,3 +267,22 @@ def test_a_tree_that_dies_says_why_in_one_line(error: Exception, line: str) -> N
         "rest_for_one", (ChildSpec("a", Dies, error, wait_ready=5.0),), intensity=0
     )
     assert deployment.run(tree) == line
+
+
+def test_a_free_port_is_chosen_before_the_listener_runs() -> None:
+    tree = deployment.proxy_tree(
+        CONFIG,
+        KEY,
+        "couchdb@3.x",
+        host="127.0.0.1",
+        port=0,
+        key_pair=None,
+        show=show,
+    )
+    group = tree.children[-1]
+    assert isinstance(group.args, SupervisorSpec)
+    listener = group.args.children[-1].args
+    assert isinstance(listener, ProxyArgs)
+    assert listener.chosen
+    assert group.id == f"proxy:{listener.port}"
+    assert listener.port > 0

@@ -99,8 +99,8 @@ LINES: list[tuple[Show, object, str | None]] = [
     *((news.service, message, line) for message, line in LINK_LINES),
     *((proxy, message, line) for message, line in LINK_LINES),
     (proxy, LinkUp(KEY), "connected to registry"),
-    (proxy, ProxyListening("127.0.0.1", 5985, 5985), None),
-    (proxy, ProxyListening("127.0.0.1", 41234, 0), "listening on 127.0.0.1:41234"),
+    (proxy, ProxyListening("127.0.0.1", 5985), None),
+    (proxy, ProxyListening("127.0.0.1", 41234, chosen=True), "listening on 127.0.0.1:41234"),
     (proxy, ProxyUnrouted(5985), "waiting for service couchdb@3.x"),
     (
         proxy,

@@ -174,9 +174,7 @@ class Recorder(asyncio.Protocol):
         return [call for call in self.calls if isinstance(call, bytes)]
 
 
-def joined(
-    seed: int = 1, *, half_open: bool = True
-) -> tuple[Channel, Recorder, Channel, Recorder]:
+def joined(seed: int = 1, *, half_open: bool = True) -> tuple[Channel, Recorder, Channel, Recorder]:
     left, right = channels(seed)
     ours, theirs = Recorder(half_open=half_open), Recorder(half_open=half_open)
     left.set_protocol(ours)

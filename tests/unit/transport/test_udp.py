@@ -97,7 +97,9 @@ async def test_a_run_arrives_as_datagrams(segmenting: bool, size: int, segment: 
         data = Random(size).randbytes(size)
         pieces = list(cut(data, segment))
         # As UDX makes them: a header and a body, neither of which crosses into the next datagram.
-        buffers = [part for piece in pieces for part in (piece[:20], memoryview(piece)[20:]) if part]
+        buffers = [
+            part for piece in pieces for part in (piece[:20], memoryview(piece)[20:]) if part
+        ]
         left.send(right.address, *buffers, segment=segment)
         assert await right.until(len(pieces)) == pieces
 
@@ -153,16 +155,19 @@ async def test_one_batch_is_answered_as_a_whole() -> None:
 
 async def test_a_flood_leaves_other_work_its_turn() -> None:
     with Pair(False) as (left, right):
+        loop = asyncio.get_running_loop()
         turns = 0
 
         def turn() -> None:
             nonlocal turns
             turns += 1
 
+        def batch() -> None:
+            loop.call_soon(turn)
+
+        right.on_batch = batch
         for number in range(300):
             left.send(right.address, number.to_bytes(2, "big"))
-        loop = asyncio.get_running_loop()
-        right.on_batch = lambda: loop.call_soon(turn) and None  # type: ignore[assignment]
         await right.until(300)
         assert turns >= 3
 
@@ -174,10 +179,8 @@ async def test_datagrams_of_strangers_of_any_size_do_no_harm(size: int) -> None:
         try:
             stranger.sendto(bytes(size), peer.address)
             stranger.sendto(b"afterwards", peer.address)
-            async with asyncio.timeout(10):
-                while b"afterwards" not in await peer.until(1):
-                    await asyncio.sleep(0)
-                    await peer.until(len(peer.datagrams) + (peer.datagrams[-1] != b"afterwards"))
+            while (await peer.until(1))[-1] != b"afterwards":
+                await peer.until(len(peer.datagrams) + 1)
             assert all(data.strip(b"\0") in {b"", b"afterwards"} for data in peer.datagrams)
         finally:
             peer.udp.close()
@@ -295,11 +298,10 @@ async def test_the_owner_may_close_while_it_is_told() -> None:
         third.udp.close()
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "not an address", "256.1.1.1"])
-async def test_an_address_that_cannot_be_had_is_one_line(host: str) -> None:
+async def test_an_address_that_cannot_be_had_is_one_line() -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(LocalError, match="cannot listen on UDP") as caught:
-        Peer(host=host)
+        Peer(host="192.0.2.1")
     assert "\n" not in str(caught.value)
     assert len(os.listdir("/proc/self/fd")) == before
 

@@ -493,7 +493,9 @@ def test_a_connect_may_be_cancelled_at_any_moment(wire: type[MemoryUdp]) -> None
             accepted.clear()
             # An identity of its own each time: nothing is remembered from the last connect.
             connecting = asyncio.ensure_future(
-                client.connect(SERVER_KEYS.public_key, key_pair=KeyPair.from_seed(bytes([step]) * 32))
+                client.connect(
+                    SERVER_KEYS.public_key, key_pair=KeyPair.from_seed(bytes([step]) * 32)
+                )
             )
             await asyncio.sleep(step * 0.00025)
             for _ in range(step % 5):
