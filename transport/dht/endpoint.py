@@ -297,18 +297,22 @@ class Endpoint:
         self._pumping = False
         if not self._sockets:
             return
-        core = self.core
-        channels = self._channels
-        for stream in core.mux.poll():
-            channel = channels.get(stream)
-            if channel is not None:
-                channel.stream_changed()
+        self._tell_channels()
         sockets = self._sockets
-        for transmit in core.transmits(self._loop.time()):
+        for transmit in self.core.transmits(self._loop.time()):
             udp = sockets.get(transmit.socket)
             if udp is not None:
                 udp.send(transmit)
+        # What was waiting is on its way now: whoever paused for it may go on.
+        self._tell_channels()
         self._arm()
+
+    def _tell_channels(self) -> None:
+        channels = self._channels
+        for stream in self.core.mux.poll():
+            channel = channels.get(stream)
+            if channel is not None:
+                channel.stream_changed()
 
     def _arm(self) -> None:
         deadline = self.core.deadline()

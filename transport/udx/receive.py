@@ -9,9 +9,9 @@ from ..transmit import Buffer
 from .packet import MAX_SACK_BLOCKS
 from .ranges import RangeSet
 
-#: Bytes a stream holds for its reader. With the default nothing holds more than 256 KiB a
-#: direction; the reference offers 4 MiB, which costs that much memory for every slow reader.
-RECEIVE_WINDOW = 256 * 1024
+#: Bytes a stream holds for its reader: with the 32 KiB that a pipe lets its TCP connection hold,
+#: 256 KiB a direction. The reference offers 4 MiB, which costs that much for every slow reader.
+RECEIVE_WINDOW = 224 * 1024
 #: Payloads below this many bytes are joined, so that a peer who sends single bytes costs about as
 #: much memory as it fills of the window.
 _SMALL = 512
@@ -68,6 +68,11 @@ class Receiver:
     def window(self) -> int:
         """Bytes the peer may send now."""
         return max(0, self.capacity - self._uncredited - self._stored)
+
+    @property
+    def gaps(self) -> bool:
+        """Something has arrived out of order."""
+        return bool(self._packets)
 
     @property
     def finished(self) -> bool:

@@ -30,6 +30,14 @@ MAX_MESSAGES = 64
 MAX_MESSAGE_BYTES = 2028
 
 
+#: Packets of plain data that one ACK answers in a bulk transfer, and how long one may wait for
+#: more, or for data of ours to carry it: the peer's tail-loss probe allows 2 ms (spec: udx 4.2).
+ACK_EVERY = 64
+ACK_DELAY = 0.001
+#: Packets at the start of a stream that are acknowledged at once: the peer's window opens by ACKs.
+QUICK_ACKS = 256
+
+
 @dataclass(slots=True)
 class Stats:
     """What happened so far, in packets unless said otherwise."""
@@ -86,7 +94,9 @@ class Stream:
     next `Mux.transmits`."""
 
     __slots__ = (
+        "_ack_at",
         "_ack_owed",
+        "_ack_soon",
         "_advertised",
         "_current",
         "_heartbeat_owed",
@@ -96,9 +106,11 @@ class Stream:
         "_old_remotes",
         "_outbox",
         "_owner",
+        "_quick_acks",
         "_receiver",
         "_sender",
         "_transmits",
+        "_unacknowledged",
         "address",
         "changed",
         "closed",
@@ -164,7 +176,13 @@ class Stream:
         self._transmits: list[Transmit] = []
         # The window the peer last heard of.
         self._advertised = receive_window
+        # An ACK by itself must go out; one must, unless data carries it; one must at this time.
         self._ack_owed = False
+        self._ack_soon = False
+        self._ack_at: float | None = None
+        # Packets of plain data since the last ACK, and how many more are acknowledged at once.
+        self._unacknowledged = 0
+        self._quick_acks = QUICK_ACKS
         self._heartbeat_owed = False
         self._keep_alive: float | None = None
         self._keep_alive_at: float | None = None
@@ -293,6 +311,7 @@ class Stream:
             reset = StreamReset("the peer destroyed the stream; connect again")
             self._close(reset, None, lingering=False)
             return
+        plain = kind == wire.DATA and seq == receiver.next and not receiver.gaps
         if kind & (wire.DATA | wire.END):
             self._receive_data(seq, packet)
         if kind & wire.MESSAGE and len(packet.payload) <= MAX_MESSAGE_BYTES:
@@ -303,7 +322,9 @@ class Stream:
             # Nor is the data acknowledged: this peer means another stream (spec: udx 8, 4).
             self._owner.stats.wrong_acks += 1
             return
-        if kind & (wire.DATA | wire.END):
+        if plain and receiver.next > seq:
+            self._owe_ack_for(1, now)
+        elif kind & (wire.DATA | wire.END):
             self._owe_ack()
         if ack >= flight.una:
             self._sender.update_window(seq, ack, packet.window)
@@ -338,7 +359,7 @@ class Stream:
         if ack > flight.next:
             self._owner.stats.wrong_acks += end - first
             return
-        self._owe_ack()
+        self._owe_ack_for(end - first, now)
         if ack >= flight.una:
             self._sender.update_window(seq + last - first, ack, run.windows[last])
         if ack > flight.una and self._sender.acknowledge(ack, (), now) is not None:
@@ -349,10 +370,8 @@ class Stream:
         """When `on_deadline` must be called at the latest."""
         if not self.connected or self.closed:
             return None
-        when, keep_alive = self._sender.deadline(), self._keep_alive_at
-        if when is None or (keep_alive is not None and keep_alive < when):
-            return keep_alive
-        return when
+        times = (self._sender.deadline(), self._keep_alive_at, self._ack_at)
+        return min((when for when in times if when is not None), default=None)
 
     def on_deadline(self, now: float) -> None:
         """Do what has become due."""
@@ -364,21 +383,26 @@ class Stream:
         if self._keep_alive_at is not None and self._keep_alive_at <= now:
             self._heartbeat_owed = True
             self._keep_alive_at = None
+        if self._ack_at is not None and self._ack_at <= now:
+            self._ack_soon = True
         self._owner.touch(self)
 
     def transmits(self, now: float) -> list[Transmit]:
         """What is to be sent now."""
         if self.closed or not self.connected:
             return []
-        self._send_data(now)
+        if self._send_data(now) and not self._receiver.gaps:
+            # Every packet of data tells what an ACK would tell.
+            self._ack_told()
         for payload in self._outbox:
             self._transmits.append(self._control(wire.MESSAGE, payload))
         self._outbox.clear()
         if self._heartbeat_owed or self._sender.heartbeat_owed:
             self._heartbeat_owed = self._sender.heartbeat_owed = False
             self._transmits.append(self._control(wire.HEARTBEAT))
-        if self._ack_owed:
+        if self._ack_owed or self._ack_soon:
             self._ack_owed = False
+            self._ack_told()
             self._owner.stats.acks += 1
             self._transmits.append(self._control(wire.ACK))
         if not self._sender.idle or self._keep_alive is None:
@@ -452,7 +476,8 @@ class Stream:
 
     # Sending.
 
-    def _send_data(self, now: float) -> None:
+    def _send_data(self, now: float) -> bool:
+        """Whether anything was sent."""
         sender, stats = self._sender, self._owner.stats
         sent, retransmissions = sender.sent, sender.retransmissions
         sender.probing = not self._old_remotes
@@ -462,6 +487,7 @@ class Stream:
             stats.sent += sender.sent - sent
             stats.retransmissions += sender.retransmissions - retransmissions
             self._owner.changed(self)
+        return sender.sent != sent
 
     def _remote(self, seq: int) -> _Remote:
         """Where a packet that takes a number goes."""
@@ -496,6 +522,25 @@ class Stream:
     def _owe_ack(self) -> None:
         self._ack_owed = True
         self._owner.touch(self)
+
+    def _owe_ack_for(self, count: int, now: float) -> None:
+        """``count`` packets arrived just as expected. In a bulk transfer one ACK does for many
+        (spec: udx 4.2); at the start, and at the end of a burst, the peer waits for each."""
+        if not self.connected:
+            self._owe_ack()
+            return
+        self._unacknowledged += count
+        if self._quick_acks > 0 or self._unacknowledged >= ACK_EVERY:
+            self._quick_acks -= count
+            self._ack_soon = True
+        elif self._ack_at is None:
+            self._ack_at = now + ACK_DELAY
+        self._owner.touch(self)
+
+    def _ack_told(self) -> None:
+        self._ack_soon = False
+        self._ack_at = None
+        self._unacknowledged = 0
 
     def _wake_window(self, now: float) -> None:
         if self.connected:

@@ -134,7 +134,7 @@ async def test_two_sources_are_told_apart() -> None:
                 heard.extend((bytes(piece), source) for piece in cut(bytes(data), segment))
                 real(data, segment, source)
 
-            right.udp._on_run = run  # type: ignore[assignment]
+            right.udp._on_run = run
             for number in range(20):
                 peer = left if number % 2 else third
                 peer.send(right.address, bytes([number]) * 10)
@@ -279,19 +279,20 @@ async def test_close_lets_go_of_everything_and_is_harmless_twice() -> None:
 
 async def test_the_owner_may_close_while_it_is_told() -> None:
     with Pair(False) as (left, right):
-        heard = []
+        heard: list[bytes] = []
+        called = asyncio.Event()
 
         def run(data: memoryview, _segment: int, _source: Address) -> None:
             heard.append(bytes(data))
             right.udp.close()
+            called.set()
 
-        right.udp._on_run = run  # type: ignore[assignment]
+        right.udp._on_run = run
         third = Peer()
         for peer in (left, third, left):
             peer.send(right.address, b"x")
         async with asyncio.timeout(10):
-            while not heard:
-                await asyncio.sleep(0)
+            await called.wait()
         for _ in range(5):
             await asyncio.sleep(0)
         assert heard == [b"x"]
