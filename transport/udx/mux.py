@@ -24,6 +24,9 @@ MAX_TIME_WAIT = 16384
 
 #: How the header of a packet begins that carries data and nothing else.
 _PLAIN = bytes((wire.MAGIC, wire.VERSION, wire.DATA, 0))
+_ACK = bytes((wire.MAGIC, wire.VERSION, wire.ACK, 0))
+#: Set in the difference of two numbers of the wire if the second is before the first.
+_BACKWARDS = 0x80000000
 #: What a peer sends that has not heard that the stream is over.
 _WANTS_ANSWER = wire.DATA | wire.END | wire.HEARTBEAT
 
@@ -132,6 +135,8 @@ class Mux:
         Returns those that are another protocol's. Nothing of ``data`` is kept."""
         others: list[bytes] = []
         first = 0
+        if segment == wire.HEADER_BYTES and len(data) > segment:
+            return self._receive_acks(data, socket, source, now)
         if segment > wire.HEADER_BYTES and data[: len(_PLAIN)] == _PLAIN:
             run = wire.split(data, segment)
             count = len(run.payloads)
@@ -226,6 +231,34 @@ class Mux:
             self._over[stream.local_id] = (None, farewell)
             if len(self._over) > MAX_TIME_WAIT:
                 del self._over[next(iter(self._over))]
+
+    def _receive_acks(
+        self, data: memoryview, socket: int, source: Address, now: float
+    ) -> list[bytes]:
+        """Take a run of bare headers. A peer that acknowledges every packet sends them by the
+        dozen, and the last of those in a row says all that the others do."""
+        others: list[bytes] = []
+        size = wire.HEADER_BYTES
+        run = wire.split(data, size)
+        for index, (start, name) in enumerate(zip(run.starts, run.ids, strict=True)):
+            last = index + 1 == len(run.ids)
+            if (
+                not last
+                and start == run.starts[index + 1] == _ACK
+                and name == run.ids[index + 1]
+                and name in self._streams
+                and not (run.acks[index + 1] - run.acks[index]) & _BACKWARDS
+                and not (run.seqs[index + 1] - run.seqs[index]) & _BACKWARDS
+            ):
+                self.stats.received += 1
+                continue
+            datagram = bytes(data[index * size : (index + 1) * size])
+            if not self.receive(datagram, socket, source, now):
+                others.append(datagram)
+        if len(data) % size:
+            # Too short for a packet of ours.
+            others.append(bytes(data[-(len(data) % size) :]))
+        return others
 
     def _passes(self, stream: Stream, socket: int, source: Address, now: float) -> bool:
         """Ask the hook about a packet from a foreign socket (spec: udx 2.3)."""
