@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, cast
 
 from ..supervisor import Supervisor, SupervisorSpec
@@ -17,6 +17,8 @@ from .messages import (
     Connect,
     Connected,
     EndpointReady,
+    Measure,
+    Measured,
     ProxyListening,
     ProxyRouted,
     Registered,
@@ -78,6 +80,14 @@ class Deployment:
         if self._runtime is None:
             raise RuntimeError("the deployment does not run: enter it with `async with`")
         return self._runtime
+
+    async def metrics(self) -> Mapping[str, int]:
+        """What its DHT node has counted since the start and holds now, by dotted names."""
+        endpoint = self.runtime.find("/root/endpoint") or self.runtime.find("/root/node-0")
+        if endpoint is None:
+            raise Closed("the deployment has no node at the moment: ask again")
+        measured: Measured = await self.runtime.call(endpoint, Measure())
+        return measured.values
 
     def _show(self, news: object) -> None:
         self._news[type(news)] = news

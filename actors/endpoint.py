@@ -24,6 +24,8 @@ from .messages import (
     Listen,
     ListenFailed,
     Listening,
+    Measure,
+    Measured,
     Unlisten,
     Unlistened,
 )
@@ -112,6 +114,10 @@ class EndpointActor(Actor):
         return self._endpoint
 
     # Connections to others
+
+    @handles(Measure)
+    def _measure(self, _message: Measure, sender: ActorAddress) -> None:
+        self.send(sender, Measured(self._node.metrics()))
 
     @handles(Connect)
     def _connect(self, message: Connect, sender: ActorAddress) -> None:

@@ -82,6 +82,18 @@ class Unlistened:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """What has the endpoint counted? Answer: `Measured`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Values by dotted names, as `Endpoint.metrics` has them."""
+
+    values: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class AnnounceTopic:
     """Tell the DHT that the key pair can be found under a topic of 32 bytes, and keep it told.
     Answer: `Announced`."""

@@ -14,7 +14,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from random import Random, SystemRandom
 from typing import Any, TypeVar
@@ -129,6 +129,23 @@ class Endpoint:
     def channels(self) -> int:
         """Channels that are open now."""
         return len(self._channels)
+
+    def metrics(self) -> dict[str, int]:
+        """What was counted since the start, and what is held now, by dotted names: ``udx.*`` and
+        ``dht.*`` count datagrams (`udx.stream.Stats`, `dht.rpc.Stats`), ``*.dropped`` what a limit
+        kept from being done."""
+        core = self.core
+        values = {
+            "channels": len(self._channels),
+            "udp.dropped": sum(udp.dropped for udp in self._sockets.values()),
+            "router.dropped": core.router.dropped,
+            "store.dropped": core.store.dropped,
+            "udx.streams": len(core.mux),
+        }
+        for name, stats in (("udx", core.mux.stats), ("dht", core.node.stats)):
+            for field in fields(stats):
+                values[f"{name}.{field.name}"] = getattr(stats, field.name)
+        return values
 
     async def ready(self) -> None:
         """Until the bootstrap is over, however it went. Raises `Closed` if the endpoint closes

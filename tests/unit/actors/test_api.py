@@ -133,6 +133,24 @@ async def test_connect_keeps_its_identity_and_only_those_allowed_get_through() -
 # connect
 
 
+async def test_metrics_tell_what_was_counted() -> None:
+    async with DHT() as dht, Registry(bootstrap=dht.bootstrap) as registry:
+        before = await registry.metrics()
+        service = Service("a@1.0.0", registry=registry.public_key, port=9, bootstrap=dht.bootstrap)
+        async with service:
+            await service.registered()
+            after = await registry.metrics()
+        seed = await dht.metrics()
+    assert after.keys() == before.keys() == seed.keys()
+    assert (before["channels"], after["channels"]) == (0, 1)
+    assert after["udx.streams"] == 1
+    assert after["udx.received"] > before["udx.received"]
+    assert seed["dht.received"] > 0
+    assert not any(after[name] for name in after if name.endswith("dropped"))
+    with pytest.raises(RuntimeError, match="does not run"):
+        await registry.metrics()
+
+
 async def test_nobody_matches_in_time() -> None:
     async with nothing_left(), DHT() as dht, Registry(bootstrap=dht.bootstrap) as registry:
         with pytest.raises(PeerNotFound, match=r"no service matches a@1\.x within 0\.5 s"):
