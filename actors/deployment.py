@@ -99,12 +99,7 @@ def service_tree(
     service = SupervisorSpec(
         "rest_for_one",
         (
-            ChildSpec(
-                "pipes",
-                Supervisor,
-                _each(ChildSpec("pipe", Pipe), MAX_PIPES),
-                shutdown=PIPES_SHUTDOWN,
-            ),
+            _pipes(),
             ChildSpec("announcement", Announcement, args, wait_ready=LISTEN_READY),
         ),
     )
@@ -139,12 +134,7 @@ def proxy_tree(
         "rest_for_one",
         (
             ChildSpec("resolver", Resolver, meta),
-            ChildSpec(
-                "pipes",
-                Supervisor,
-                _each(ChildSpec("pipe", Pipe), MAX_PIPES),
-                shutdown=PIPES_SHUTDOWN,
-            ),
+            _pipes(),
             ChildSpec("listener", ProxyListener, args, wait_ready=LISTEN_READY),
         ),
     )
@@ -226,6 +216,11 @@ def _root(*children: ChildSpec) -> SupervisorSpec:
 
 def _endpoint(config: EndpointConfig, name: str = "endpoint") -> ChildSpec:
     return ChildSpec(name, EndpointActor, config, shutdown=10.0, wait_ready=ENDPOINT_READY)
+
+
+def _pipes() -> ChildSpec:
+    each = _each(ChildSpec("pipe", Pipe), MAX_PIPES)
+    return ChildSpec("pipes", Supervisor, each, shutdown=PIPES_SHUTDOWN)
 
 
 def _group(name: str, spec: SupervisorSpec) -> ChildSpec:

@@ -27,8 +27,6 @@ class Transmit(NamedTuple):
     address: Address
     buffers: tuple[Buffer, ...]
     segment: int = 0
-    #: IP TTL for these datagrams alone; 0 leaves the socket's own.
-    ttl: int = 0
 
 
 class Core(Protocol):
