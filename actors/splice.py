@@ -11,10 +11,10 @@ import struct
 from collections.abc import Callable
 from typing import cast
 
-from ..transport.channel import Channel
+from ..transport.channel import MESSAGE, Channel
 
-#: Plain bytes taken from a TCP socket at once: one message.
-READ = 65_536
+#: Plain bytes taken from a TCP socket at once.
+READ = MESSAGE
 #: Bytes that wait for a TCP socket which takes no more, before the channel is paused. What the
 #: channel holds besides counts against its receive window.
 TCP_HIGH = 32_768

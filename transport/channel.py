@@ -22,9 +22,9 @@ from .secret_stream import SecretStream, StreamError
 from .transmit import Buffer
 from .udx.stream import Stream
 
-#: Plain bytes in one message. Peers send at most 65,536 (one TCP read); a multiple of 16 keeps the
-#: cipher on whole blocks.
-MESSAGE = 65_536
+#: Plain bytes in one message: with its frame they fill 44 packets of a 1500-byte path, which the
+#: kernel takes in one call; and a multiple of 16 keeps the cipher on whole blocks.
+MESSAGE = 63_856
 #: A longer message than this from a peer ends the channel: more than a receive window has room for.
 MAX_MESSAGE = 256 * 1024
 #: Bytes read from the stream before the protocol is asked whether it wants more.

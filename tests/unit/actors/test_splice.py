@@ -15,6 +15,7 @@ from support.pipes import Peer, descriptors, outcome, pipe_channels, reset_by_cl
 from hyperseaport.actors import splice as splice_module
 from hyperseaport.actors.splice import TCP_HIGH, Splice, reset
 from hyperseaport.testing.channels import WRITE_HIGH
+from hyperseaport.transport.channel import MESSAGE
 from hyperseaport.transport.errors import StreamTimeout
 
 
@@ -262,4 +263,4 @@ def test_reset_of_a_plain_socket_shows_as_one() -> None:
 
 
 def test_one_read_is_one_message() -> None:
-    assert len(splice_module._buffer) == splice_module.READ == 65_536
+    assert len(splice_module._buffer) == splice_module.READ == MESSAGE
