@@ -10,8 +10,9 @@ Diffie-Hellman over Ed25519 keys, which it does not have, is here.
 from __future__ import annotations
 
 import hashlib
+from copy import copy
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from nacl import bindings
@@ -32,6 +33,9 @@ PROTOCOL = b"Noise_IK_Ed25519_ChaChaPoly_BLAKE2b"
 #: What the two messages are longer than their payloads (spec 2.1).
 MESSAGE_1_OVERHEAD = 96
 MESSAGE_2_OVERHEAD = 48
+
+#: Shared secrets of pairs of static keys that are remembered: those who connect again and again.
+STATIC_SECRETS = 1024
 
 _NONCE_BYTES = bindings.crypto_secretbox_NONCEBYTES
 #: A sealed payload has at least one byte inside (spec 3.2).
@@ -234,18 +238,20 @@ def handshake_state(
     """The package's ``HandshakeState`` for any two- or three-message pattern over Ed25519."""
     if len(ephemeral_seed) != SEED_BYTES:
         raise InvalidInput(f"a seed has {SEED_BYTES} bytes, not {len(ephemeral_seed)}")
-    from noise.noise_protocol import NoiseProtocol
-
-    protocol = NoiseProtocol(protocol_name, _backend())
+    # Parsing the name and looking up what it names is done once a name.
+    protocol = copy(_protocol(protocol_name))
     protocol.initiator = is_initiator
     protocol.prologue = prologue
+    protocol.dh_fn = _Ed25519(protocol)
+    ephemeral = scalar(ephemeral_seed)
     # The package's connection class would warn about an ephemeral key that comes from outside; here
     # it always does, because randomness belongs to the caller.
-    protocol.keypairs.update(
-        s=_Point(key_pair.public_key, scalar(key_pair.seed)),
-        e=_Point(KeyPair.from_seed(ephemeral_seed).public_key, scalar(ephemeral_seed)),
-        rs=None if remote_public_key is None else _Point(remote_public_key),
-    )
+    protocol.keypairs = {
+        "s": _Point(key_pair.public_key, scalar(key_pair.seed)),
+        "e": _Point(bindings.crypto_scalarmult_ed25519_base_noclamp(ephemeral), ephemeral),
+        "rs": None if remote_public_key is None else _Point(remote_public_key),
+        "re": None,
+    }
     protocol.initialise_handshake_state()
     return protocol.handshake_state
 
@@ -277,20 +283,78 @@ class _Point:
 
 
 class _Ed25519:
-    """The Diffie-Hellman function as the package wants it."""
+    """The Diffie-Hellman function of one handshake, as the package wants it."""
+
+    __slots__ = ("_protocol",)
 
     dhlen = PUBLIC_KEY_BYTES
 
+    def __init__(self, protocol: Any = None) -> None:
+        self._protocol = protocol
+
     def dh(self, number: bytes, public_key: bytes) -> bytes:
+        state = self._protocol.handshake_state
+        if number is state.s.private and public_key is getattr(state.rs, "public", None):
+            return _static_secret(number, public_key)
         return diffie_hellman(number, public_key)
 
 
-@cache
-def _backend() -> Any:
-    # Imported on the first handshake: with what it pulls in it costs more than all else at start.
-    from noise.backends.default.backend import DefaultNoiseBackend
+@lru_cache(STATIC_SECRETS)
+def _static_secret(number: bytes, public_key: bytes) -> bytes:
+    """What two static keys share: the same in each of their handshakes, and a third of the work."""
+    return diffie_hellman(number, public_key)
 
-    backend = DefaultNoiseBackend()
+
+class _Blake2b:
+    """The hash as the package wants it."""
+
+    hashlen = 64
+    blocklen = 128
+    fn = hashlib.blake2b
+
+    def hash(self, data: bytes) -> bytes:
+        return hashlib.blake2b(data).digest()
+
+
+_INNER_PAD = bytes(value ^ 0x36 for value in range(256))
+_OUTER_PAD = bytes(value ^ 0x5C for value in range(256))
+
+
+def _hmac(key: bytes, data: bytes, algorithm: object = None) -> bytes:
+    """HMAC-BLAKE2b with a key of 128 bytes at most."""
+    block = key.ljust(_Blake2b.blocklen, b"\0")
+    inner = hashlib.blake2b(block.translate(_INNER_PAD) + data).digest()
+    return hashlib.blake2b(block.translate(_OUTER_PAD) + inner).digest()
+
+
+class _ChaChaPoly:
+    """The cipher as the package wants it. It keeps nothing: a key seals one message or none."""
+
+    __slots__ = ()
+
+    def initialize(self, key: bytes) -> None:
+        """The key comes with each message."""
+
+    def encrypt(self, key: bytes, count: int, data: bytes, plain: bytes) -> bytes:
+        nonce = bytes(4) + count.to_bytes(8, "little")
+        return bindings.crypto_aead_chacha20poly1305_ietf_encrypt(bytes(plain), data, nonce, key)
+
+    def decrypt(self, key: bytes, count: int, data: bytes, sealed: bytes) -> bytes:
+        nonce = bytes(4) + count.to_bytes(8, "little")
+        return bindings.crypto_aead_chacha20poly1305_ietf_decrypt(sealed, data, nonce, key)
+
+
+@lru_cache(4)
+def _protocol(name: bytes) -> Any:
+    """What all handshakes of a protocol have in common."""
+    # Imported on the first handshake, for the sake of commands that make none.
+    from noise.backends.noise_backend import NoiseBackend
+    from noise.noise_protocol import NoiseProtocol
+
+    backend = NoiseBackend()
     backend.diffie_hellmans["Ed25519"] = _Ed25519
     backend.keypairs["Ed25519"] = _Point
-    return backend
+    backend.ciphers["ChaChaPoly"] = _ChaChaPoly
+    backend.hashes["BLAKE2b"] = _Blake2b
+    backend.hmac = _hmac
+    return NoiseProtocol(name, backend)

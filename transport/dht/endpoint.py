@@ -13,7 +13,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from random import Random, SystemRandom
@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 from ..channel import Channel
 from ..errors import Closed, InvalidInput, LocalError
 from ..keys import KeyPair
-from ..transmit import CLIENT_SOCKET, SERVER_SOCKET, Address
+from ..transmit import CLIENT_SOCKET, SERVER_SOCKET, Address, Buffer, Transmit
 from ..udp import UdpSocket
 from ..udx.stream import Stream
-from .hyperdht import Connection, HyperDHT, HyperDHTConfig
+from .hyperdht import Attempt, Connection, HyperDHT, HyperDHTConfig
 from .node import NodeConfig
 from .records import Stored
 from .server import Server
@@ -38,6 +38,13 @@ ANY_HOST = "0.0.0.0"
 DEFAULT_PORT = 49737
 #: Seconds of write silence after which a channel proves that it lives.
 KEEP_ALIVE = 5.0
+#: Seconds by which keep-alives may be early, so that many leave in one go: however many channels
+#: are idle, they cost ten wake-ups in five seconds.
+KEEP_ALIVE_EARLY = 0.5
+#: Datagrams of at most this many bytes are put together, at most so many to a run: what the kernel
+#: takes in one call.
+SMALL = 512
+MAX_RUN = 64
 #: Seconds that closing may take to tell the network, before it happens anyway.
 CLOSE_TIMEOUT = 5.0
 
@@ -100,7 +107,7 @@ class Endpoint:
     def _start(self, config: EndpointConfig, bootstrap: tuple[Address, ...]) -> None:
         for which, port in ((SERVER_SOCKET, config.port), (CLIENT_SOCKET, 0)):
             self._sockets[which] = UdpSocket(
-                config.host, port, partial(self._received, which), self._pump
+                config.host, port, partial(self._received, which), self._pump_now
             )
         #: Host and port of the server socket.
         self.address = self._sockets[SERVER_SOCKET].address
@@ -166,21 +173,17 @@ class Endpoint:
         cannot be one, `Closed` if the endpoint closes. Cancelling abandons the attempt."""
         waiter: asyncio.Future[Channel] = self._waiter()
 
-        def opened(connection: Connection, now: float) -> None:
+        def opened(channel: Channel) -> None:
             if waiter.done():
-                connection.stream.destroy(now)
-                return
-            # Here and not where it is awaited: the stream may change in between.
-            waiter.set_result(self._channel(connection))
+                channel.abort()
+            else:
+                waiter.set_result(channel)
 
-        def failed(error: Exception, _now: float) -> None:
+        def failed(error: Exception) -> None:
             if not waiter.done():
                 waiter.set_exception(error)
 
-        attempt = self.core.connect(
-            public_key, self._loop.time(), key_pair=key_pair, on_open=opened, on_error=failed
-        )
-        self.wake()
+        attempt = self.dial(public_key, key_pair, opened, failed)
         try:
             return await self._answer(waiter)
         except asyncio.CancelledError:
@@ -189,6 +192,32 @@ class Endpoint:
                 waiter.result().abort()
             self.wake()
             raise
+
+    def dial(
+        self,
+        public_key: bytes,
+        key_pair: KeyPair | None,
+        on_open: Callable[[Channel], None],
+        on_error: Callable[[Exception], None],
+    ) -> Attempt:
+        """`connect` without a task: one of the callbacks is called, never before this returns,
+        unless the attempt is cancelled or the endpoint closes. Raises `InvalidInput` for a key that
+        cannot be one, `Closed` once the endpoint closes."""
+        if self._closed:
+            raise _closed()
+
+        def opened(connection: Connection, _now: float) -> None:
+            # Here and not when somebody gets to it: the stream may change in between.
+            on_open(self._channel(connection))
+
+        def failed(error: Exception, _now: float) -> None:
+            on_error(error)
+
+        attempt = self.core.connect(
+            public_key, self._loop.time(), key_pair=key_pair, on_open=opened, on_error=failed
+        )
+        self.wake()
+        return attempt
 
     async def listen(
         self,
@@ -301,22 +330,25 @@ class Endpoint:
         """Pump once, at the end of this turn of the loop."""
         if not self._pumping:
             self._pumping = True
-            self._loop.call_soon(self._pump_now)
+            self._loop.call_soon(self._pump_woken)
+
+    def _pump_woken(self) -> None:
+        # Unless somebody has pumped in between: one is enough.
+        if self._pumping:
+            self._pump_now()
 
     def _received(self, which: int, data: memoryview, segment: int, source: Address) -> None:
         self.core.receive_run(data, segment, which, source, self._loop.time())
 
-    def _pump(self) -> None:
-        self._pumping = True
-        self._pump_now()
-
     def _pump_now(self) -> None:
-        self._pumping = False
         if not self._sockets:
             return
+        # What the channels ask for while they are told leaves right below.
+        self._pumping = True
         self._tell_channels()
+        self._pumping = False
         sockets = self._sockets
-        for transmit in self.core.transmits(self._loop.time()):
+        for transmit in _together(self.core.transmits(self._loop.time())):
             udp = sockets.get(transmit.socket)
             if udp is not None:
                 udp.send(transmit)
@@ -353,13 +385,18 @@ class Endpoint:
         self._timer = None
         now = self._loop.time()
         self.core.on_deadline(now)
+        if self._written and next(iter(self._written.values())) + KEEP_ALIVE <= now:
+            self._keep_alive(now)
+        self._pump_now()
+
+    def _keep_alive(self, now: float) -> None:
+        latest = now + KEEP_ALIVE_EARLY - KEEP_ALIVE
         while self._written:
             channel, written = next(iter(self._written.items()))
-            if written + KEEP_ALIVE > now:
-                break
+            if written > latest:
+                return
             channel.keep_alive()
             self._wrote(channel)
-        self._pump()
 
     # Channels
 
@@ -443,6 +480,38 @@ def parse_address(text: str) -> Address:
     if not valid or not 0 < int(port) < 65536:
         raise InvalidInput(f"{text!r} is not HOST:PORT with a port from 1 to 65535")
     return host, int(port)
+
+
+def _together(transmits: list[Transmit]) -> Iterator[Transmit]:
+    """The same datagrams in the same order, but those of one size for one address in a row (ACKs
+    and keep-alives of many streams between two nodes) as one run."""
+    start = 0
+    while start < len(transmits):
+        first = transmits[start]
+        end = start + 1
+        size = _alike(first)
+        buffers: tuple[Buffer, ...] = first.buffers
+        while end < len(transmits) and end - start < MAX_RUN and size:
+            other = transmits[end]
+            if other.address != first.address or other.socket != first.socket:
+                break
+            if _alike(other) != size:
+                break
+            buffers += other.buffers
+            end += 1
+        start = end
+        if len(buffers) == len(first.buffers):
+            yield first
+        else:
+            yield Transmit(first.socket, first.address, buffers, size)
+
+
+def _alike(transmit: Transmit) -> int:
+    """The bytes of a single small datagram; 0 for any other transmit."""
+    if transmit.segment or len(transmit.buffers) > 4:
+        return 0
+    size = sum(map(len, transmit.buffers))
+    return size if size <= SMALL else 0
 
 
 def _closed() -> Closed:

@@ -39,6 +39,11 @@ class RangeSet:
         """The smallest integer; the set must not be empty."""
         return self._starts[0]
 
+    @property
+    def first_end(self) -> int:
+        """The integer behind the first range; the set must not be empty."""
+        return self._ends[0]
+
     def add(self, start: int, end: int) -> list[tuple[int, int]]:
         """Add start..end - 1. Returns the ranges that were not in the set before."""
         starts, ends = self._starts, self._ends

@@ -8,10 +8,13 @@ from ..errors import InvalidInput
 from ..transmit import Buffer
 from .packet import MAX_SACK_BLOCKS
 from .ranges import RangeSet
+from .window import Window
 
-#: Bytes a stream holds for its reader: with the 32 KiB that a pipe lets its TCP connection hold,
-#: 256 KiB a direction. The reference offers 4 MiB, which costs that much for every slow reader.
+#: Bytes a stream holds for its reader at first, and at most on a short path: with the 32 KiB that a
+#: pipe lets its TCP connection hold, 256 KiB a direction. The reference offers 4 MiB, which costs
+#: that much for every slow reader.
 RECEIVE_WINDOW = 224 * 1024
+
 #: Payloads below this many bytes are joined, so that a peer who sends single bytes costs about as
 #: much memory as it fills of the window.
 _SMALL = 512
@@ -31,17 +34,17 @@ class Receiver:
     """
 
     __slots__ = (
+        "_arrived",
         "_chunks",
-        "_limit",
         "_packets",
         "_ranges",
         "_stored",
         "_uncredited",
-        "capacity",
         "dropped",
         "duplicates",
         "end",
         "next",
+        "offer",
         "readable",
     )
 
@@ -50,8 +53,8 @@ class Receiver:
         self.next = first
         #: Number of the peer's END packet, once known.
         self.end: int | None = None
-        #: Bytes of the window when nothing is held.
-        self.capacity = capacity
+        #: How much the peer may send.
+        self.offer = Window(capacity)
         #: In-order bytes waiting in `take`.
         self.readable = 0
         #: Packets that had arrived before, and packets beyond the window.
@@ -62,12 +65,18 @@ class Receiver:
         self._packets: dict[int, bytes] = {}
         self._ranges = RangeSet()
         self._stored = 0
-        self._limit = max(_MIN_PACKETS, capacity // 1024 * _PACKETS_PER_KIB)
+        # Bytes that have come into order so far.
+        self._arrived = 0
 
     @property
     def window(self) -> int:
         """Bytes the peer may send now."""
-        return max(0, self.capacity - self._uncredited - self._stored)
+        return max(0, self.offer.edge - self._arrived - self._stored)
+
+    @property
+    def held(self) -> int:
+        """Bytes that count against the window."""
+        return self._uncredited + self._stored
 
     @property
     def gaps(self) -> bool:
@@ -92,7 +101,7 @@ class Receiver:
         if seq != self.next:
             self._store(seq, payload, end)
             return False
-        if payload and self._uncredited >= self.capacity:
+        if payload and self._uncredited >= self.offer.room:
             self.dropped += 1
             return False
         if end and self.end is None:
@@ -104,15 +113,21 @@ class Receiver:
         return True
 
     def accept_run(self, seq: int, payloads: tuple[bytes, ...]) -> bool:
-        """Take consecutive DATA packets if they are just what is expected, else none of them. The
-        bytes are copied together: what they lie in is not kept."""
-        if seq != self.next or self._packets or self.end is not None:
+        """Take consecutive DATA packets if all of them are new and there is room, else none."""
+        behind = seq + len(payloads)
+        if seq < self.next or self.end is not None:
             return False
         size = sum(map(len, payloads))
-        if self._uncredited + size > self.capacity:
+        if self.held + size > self.offer.room:
+            return False
+        if seq != self.next:
+            return self._store_run(seq, behind, payloads, size)
+        if self._packets and behind > self._ranges.first:
             return False
         self._append(b"".join(payloads))
-        self.next += len(payloads)
+        self.next = behind
+        if self._packets:
+            self._advance()
         return True
 
     def take(self, limit: int | None = None) -> list[Buffer]:
@@ -143,6 +158,12 @@ class Receiver:
         if not 0 <= size <= self._uncredited - self.readable:
             raise InvalidInput(f"credit {size} of {self._uncredited - self.readable} bytes read")
         self._uncredited -= size
+        self.offer.credit(size)
+
+    def follow(self, rtt: float | None, now: float) -> None:
+        """Adapt the window, after the reader had its turn; ``rtt`` (seconds) is the path's round
+        trip, if it is known."""
+        self.offer.follow(self._uncredited, self._arrived + self._stored, rtt, now)
 
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """The lowest SACK blocks, ascending, as many as a packet takes (spec: udx 4.2)."""
@@ -155,8 +176,7 @@ class Receiver:
         self._stored = 0
 
     def _store(self, seq: int, payload: bytes, end: bool) -> None:
-        full = self._uncredited + self._stored + len(payload) > self.capacity
-        if full or seq - self.next > self._limit:
+        if self.held + len(payload) > self.offer.room or seq - self.next > self._reach:
             self.dropped += 1
             return
         if end and self.end is None:
@@ -165,16 +185,33 @@ class Receiver:
         self._ranges.add(seq, seq + 1)
         self._stored += len(payload)
 
+    @property
+    def _reach(self) -> int:
+        """How far ahead a packet may be that is kept."""
+        return max(_MIN_PACKETS, self.offer.room // 1024 * _PACKETS_PER_KIB)
+
+    def _store_run(self, seq: int, behind: int, payloads: tuple[bytes, ...], size: int) -> bool:
+        numbers = range(seq, behind)
+        if behind - self.next > self._reach or not self._packets.keys().isdisjoint(numbers):
+            return False
+        self._packets.update(zip(numbers, payloads, strict=True))
+        self._ranges.add(seq, behind)
+        self._stored += size
+        return True
+
     def _advance(self) -> None:
-        packets = self._packets
-        while not self.finished and (payload := packets.pop(self.next, None)) is not None:
+        """Put into order what follows now that a gap is filled."""
+        while not self.finished and self._ranges and self._ranges.first <= self.next:
+            behind = self._ranges.first_end
+            if self.end is not None:
+                behind = min(behind, self.end + 1)
+            payload = b"".join(map(self._packets.pop, range(self.next, behind)))
+            self._ranges.remove(self._ranges.first, behind)
             self._stored -= len(payload)
             self._append(payload)
-            self.next += 1
+            self.next = behind
         if self.finished:
             self.discard()
-        elif self._ranges and self._ranges.first < self.next:
-            self._ranges.remove(self._ranges.first, self.next)
 
     def _append(self, payload: bytes) -> None:
         if not payload:
@@ -182,6 +219,7 @@ class Receiver:
         size = len(payload)
         self.readable += size
         self._uncredited += size
+        self._arrived += size
         if size < _SMALL and self._chunks:
             last = self._chunks[-1]
             if isinstance(last, bytearray) and len(last) < _SMALL:

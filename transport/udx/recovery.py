@@ -11,8 +11,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from .ranges import RangeSet
+from .rate import Departure
 
 #: Seconds (spec: udx 4.4, 4.6).
 INITIAL_RTO = 1.0
@@ -39,8 +41,8 @@ class Run:
     offset: int
     length: int
     size: int
-    #: When it left, seconds.
-    sent: float
+    #: When it left, and what had been delivered then.
+    left: Departure
     #: The last packet carries END.
     fin: bool = False
 
@@ -58,8 +60,10 @@ class Acknowledged:
     packets: int = 0
     #: The oldest outstanding number moved.
     advanced: bool = False
-    #: There was a round-trip sample.
-    sampled: bool = False
+    #: How the newest of them left, as far as is known.
+    newest: Departure | None = None
+    #: Round trip of the newest that was sent only once, seconds.
+    rtt: float | None = None
     #: The MTU probe arrived.
     probe: bool = False
 
@@ -73,7 +77,6 @@ class Flight:
 
     __slots__ = (
         "_fack",
-        "_min_rtt",
         "_min_rtt_at",
         "_rack_end",
         "_rack_rtt",
@@ -83,8 +86,10 @@ class Flight:
         "_resent",
         "_runs",
         "_sacked",
+        "_settled",
         "_touched",
         "lost",
+        "min_rtt",
         "next",
         "probe",
         "reorder_at",
@@ -110,11 +115,14 @@ class Flight:
         self.rto = INITIAL_RTO
         self._runs: list[Run] = []
         self._sacked = RangeSet()
-        # Retransmitted and outstanding: number -> when, oldest first.
-        self._resent: dict[int, float] = {}
+        # Retransmitted and outstanding: number -> how it left again, oldest first.
+        self._resent: dict[int, Departure] = {}
         # SACKed, lost or retransmitted: what is not here still is as it first left.
         self._touched = RangeSet()
-        self._min_rtt = 0.0
+        # What lies before has been told lost or arrived: it is not looked at again.
+        self._settled = first
+        #: The shortest round trip of late; 0 before the first.
+        self.min_rtt = 0.0
         self._min_rtt_at = 0.0
         # The most recently sent packet that arrived: when, the number behind it, how long it took.
         self._rack_sent = float("-inf")
@@ -157,12 +165,17 @@ class Flight:
         """The run of an outstanding packet."""
         return self._runs[bisect_right(self._runs, seq, key=_first) - 1]
 
-    def resent(self, seq: int, now: float) -> Run:
+    def first_lost(self, limit: int) -> list[int]:
+        """The lowest numbers, up to ``limit``, that are lost and not sent again yet."""
+        packets = (seq for start, end in self.lost for seq in range(start, end))
+        return list(islice(packets, limit))
+
+    def resent(self, seq: int, left: Departure) -> Run:
         """A packet is sent again; returns its run."""
         self.lost.remove(seq, seq + 1)
         self._touched.add(seq, seq + 1)
         self._resent.pop(seq, None)
-        self._resent[seq] = now
+        self._resent[seq] = left
         return self.find(seq)
 
     def newest(self) -> int | None:
@@ -198,17 +211,23 @@ class Flight:
             return []
         patience = self._rack_rtt + self._reorder_window(recovering)
         late: list[tuple[int, int]] = []
-        for run in self._runs:
-            if run.sent > self._rack_sent:
+        self._settled = max(self._settled, self.una)
+        runs = self._runs
+        index = max(bisect_right(runs, self._settled, key=_first) - 1, 0)
+        while index < len(runs):
+            run = runs[index]
+            index += 1
+            sent = run.left.sent
+            if sent > self._rack_sent:
                 break
-            end = run.end if run.sent < self._rack_sent else min(run.end, self._rack_end)
-            gaps = self._touched.gaps(max(run.first, self.una), end)
-            if gaps and run.sent + patience <= now:
-                late += gaps
-            elif gaps:
-                self.reorder_at = run.sent + patience
+            end = run.end if sent < self._rack_sent else min(run.end, self._rack_end)
+            gaps = self._touched.gaps(max(run.first, self._settled), end)
+            if gaps and sent + patience > now:
+                self.reorder_at = sent + patience
                 break
-        for seq, sent in self._resent.items():
+            late += gaps
+            self._settled = max(self._settled, end)
+        for seq, (sent, *_) in self._resent.items():
             if (sent, seq) >= (self._rack_sent, self._rack_end):
                 break
             if sent + patience > now:
@@ -226,12 +245,12 @@ class Flight:
         late: list[tuple[int, int]] = []
         for run in self._runs:
             begin = max(run.first, self.una)
-            end = run.end if run.sent + patience < now else min(run.end, self.una + 1)
+            end = run.end if run.left.sent + patience < now else min(run.end, self.una + 1)
             late += self._touched.gaps(begin, end)
         late += [
             (seq, seq + 1)
-            for seq, sent in self._resent.items()
-            if sent + patience < now or seq == self.una
+            for seq, left in self._resent.items()
+            if left.sent + patience < now or seq == self.una
         ]
         self._lose(late)
         return late
@@ -252,7 +271,7 @@ class Flight:
 
     def _learn(self, fresh: list[tuple[int, int]], now: float, result: Acknowledged) -> None:
         """Take the round trip and the RACK mark from newly acknowledged ranges."""
-        latest: tuple[float, int] | None = None
+        latest: tuple[Departure, int] | None = None
         fack = self._fack
         for start, end in fresh:
             result.packets += end - start
@@ -261,11 +280,11 @@ class Flight:
                 self.lost.remove(start, end)
             untouched = [(start, end)]
             if self._resent:
-                untouched = self._settle_resent(start, end, now)
+                untouched = self._settle_resent(start, end, now, result)
             for low, high in untouched:
-                run = self.find(high - 1)
-                if latest is None or (run.sent, high) > latest:
-                    latest = (run.sent, high)
+                left = self.find(high - 1).left
+                if latest is None or (left, high) > latest:
+                    latest = (left, high)
                 if low < self._fack:
                     self._reordering = True
                 if self.probe is not None and low <= self.probe < high:
@@ -274,37 +293,43 @@ class Flight:
         self._fack = fack
         if latest is None:
             return
-        sent, end = latest
-        rtt = min(max(now - sent, _MIN_RTT), _MAX_RTT)
+        left, end = latest
+        rtt = min(max(now - left.sent, _MIN_RTT), _MAX_RTT)
         self._sample(rtt, now)
-        result.sampled = True
-        self._mark(sent, end, rtt)
+        result.rtt = rtt
+        self._mark(left, end, rtt, result)
 
-    def _settle_resent(self, start: int, end: int, now: float) -> list[tuple[int, int]]:
+    def _settle_resent(
+        self, start: int, end: int, now: float, result: Acknowledged
+    ) -> list[tuple[int, int]]:
         """Settle the retransmitted packets of a range; returns the parts sent only once."""
         settled = [seq for seq in self._resent if start <= seq < end]
+        if not settled:
+            return [(start, end)]
         untouched = RangeSet()
         untouched.add(start, end)
         for seq in settled:
             untouched.remove(seq, seq + 1)
-            sent = self._resent.pop(seq)
-            rtt = now - sent
-            if rtt >= self._min_rtt:
-                self._mark(sent, seq + 1, rtt)
+            left = self._resent.pop(seq)
+            rtt = now - left.sent
+            if rtt >= self.min_rtt:
+                self._mark(left, seq + 1, rtt, result)
             else:
                 # No answer comes that soon: it was the first transmission that arrived, late.
                 self._reorder_steps = min(self._reorder_steps + 1, _MAX_REORDER_STEPS)
                 self._reordering = True
         return list(untouched)
 
-    def _mark(self, sent: float, end: int, rtt: float) -> None:
-        if (sent, end) > (self._rack_sent, self._rack_end):
-            self._rack_sent, self._rack_end = sent, end
+    def _mark(self, left: Departure, end: int, rtt: float, result: Acknowledged) -> None:
+        if (left.sent, end) > (self._rack_sent, self._rack_end):
+            self._rack_sent, self._rack_end = left.sent, end
+        if result.newest is None or left.sent >= result.newest.sent:
+            result.newest = left
         self._rack_rtt = rtt
 
     def _sample(self, rtt: float, now: float) -> None:
-        if self._min_rtt == 0 or rtt <= self._min_rtt or now - self._min_rtt_at > _MIN_RTT_AGE:
-            self._min_rtt = rtt
+        if self.min_rtt == 0 or rtt <= self.min_rtt or now - self._min_rtt_at > _MIN_RTT_AGE:
+            self.min_rtt = rtt
             self._min_rtt_at = now
         if self.srtt is None:
             self.srtt, self.rttvar = rtt, rtt / 2
@@ -316,7 +341,7 @@ class Flight:
     def _reorder_window(self, recovering: bool) -> float:
         if not self._reordering and (recovering or self._sacked.total >= _DUPLICATE_THRESHOLD):
             return 0.0
-        return min(self._reorder_steps * self._min_rtt / 4, self.srtt or 0.0)
+        return min(self._reorder_steps * self.min_rtt / 4, self.srtt or 0.0)
 
     def _advance(self, ack: int) -> None:
         self.una = ack

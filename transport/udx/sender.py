@@ -1,7 +1,7 @@
 """The sending half of a stream: when which bytes leave, and again when they got lost.
 
-Data is limited by the congestion window and the peer's window, acknowledged by `recovery.Flight`,
-probed and timed here (spec: udx 3, 4.5, 4.6).
+Data is limited by the peer's window and by the congestion window (`bbr.Bbr`), spread over time
+(`pacing.Pacer`), acknowledged (`recovery.Flight`), probed and timed (spec: udx 3, 4.5, 4.6).
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from typing import Protocol
 
 from ..transmit import Buffer
 from . import packet as wire
-from .congestion import Cubic
+from .bbr import Bbr
 from .mtu import MAX_MTU, MtuSearch
+from .pacing import Pacer
 from .packet import HEADER_BYTES, expand
+from .rate import Delivery
 from .recovery import Acknowledged, Flight, Run
 from .send import SendBuffer
 
@@ -47,8 +49,11 @@ class Sender:
 
     __slots__ = (
         "_buffer",
-        "_end_sent",
+        "_delivery",
+        "_known_sacks",
         "_offset",
+        "_pace_at",
+        "_pacer",
         "_probe_owed",
         "_probe_permitted",
         "_recover_until",
@@ -57,12 +62,12 @@ class Sender:
         "_timeouts",
         "_tlp_at",
         "_window_ack",
-        "_window_limited",
         "_window_seq",
         "_zero_at",
         "congestion",
         "end_apart",
         "end_queued",
+        "end_sent",
         "flight",
         "heartbeat_owed",
         "mtu",
@@ -74,12 +79,14 @@ class Sender:
 
     def __init__(self, first_seq: int = 0, first_ack: int = 0, link_mtu: int = MAX_MTU) -> None:
         self.flight = Flight(first_seq)
-        self.congestion = Cubic()
+        self.congestion = Bbr()
         self.mtu = MtuSearch(link_mtu)
         #: The peer's free receive buffer, bytes.
         self.window = _INITIAL_WINDOW
         #: END follows all that is written.
         self.end_queued = False
+        #: It has left, at least once.
+        self.end_sent = False
         #: END gets a packet of its own: the peer has ended, and the reference forgets the stream at
         #: our END, so that the ACK of what is in that packet comes once or never (spec: udx 2.4).
         self.end_apart = False
@@ -91,16 +98,20 @@ class Sender:
         self.sent = 0
         self.retransmissions = 0
         self._buffer = SendBuffer()
+        self._delivery = Delivery()
+        self._pacer = Pacer()
+        # When the pacer lets the next burst go; None while it holds nothing back.
+        self._pace_at: float | None = None
+        # The blocks of the last ACK: most of the next one's are the same.
+        self._known_sacks: frozenset[tuple[int, int]] = frozenset()
         self._offset = 0
-        self._end_sent = False
         # Numbers of the packet that last told the peer's window (spec: udx 3.3).
         self._window_seq = first_ack
         self._window_ack = first_seq
         # Congestion recovery lasts until this number is acknowledged; None while there is no loss.
         self._recover_until: int | None = None
-        # It began with a timeout: the window grows again at once.
+        # It began with a timeout: there is nothing to probe.
         self._timed_out = False
-        self._window_limited = False
         self._timeouts = 0
         self._probe_owed = False
         self._probe_permitted = False
@@ -127,17 +138,17 @@ class Sender:
     @property
     def ended(self) -> bool:
         """Everything is acknowledged, END included."""
-        return self._end_sent and self.flight.outstanding == 0
+        return self.end_sent and self.flight.outstanding == 0
 
     @property
     def only_end_missing(self) -> bool:
         """Everything is acknowledged but an END that carries no data."""
-        return self._end_sent and self.flight.acknowledged_offset == self._buffer.end
+        return self.end_sent and self.flight.acknowledged_offset == self._buffer.end
 
     @property
     def pending(self) -> bool:
         """Something waits to be sent for the first time."""
-        return self._offset < self._buffer.end or (self.end_queued and not self._end_sent)
+        return self._offset < self._buffer.end or (self.end_queued and not self.end_sent)
 
     def write(self, data: Buffer) -> None:
         """Queue bytes, by reference."""
@@ -168,41 +179,41 @@ class Sender:
         flight = self.flight
         if flight.outstanding == 0 or not (ack > flight.una or sacks):
             return None
-        blocks = [(expand(start, ack), expand(end, ack)) for start, end in sacks]
+        known = self._known_sacks
+        blocks = [
+            (expand(one, ack), expand(end, ack)) for one, end in sacks if (one, end) not in known
+        ]
+        if blocks or known:
+            self._known_sacks = frozenset(sacks)
         result = flight.acknowledge(ack, blocks, now)
         if not result.packets and not result.advanced:
             return None
         self.mtu.begin()
         if result.probe:
             self.mtu.acknowledged()
-        if result.sampled:
+        if result.packets:
             self._probe_permitted = True
         if result.advanced:
             self._advance(now)
         self._detect_losses(now)
-        growing = self._recover_until is None or self._timed_out
-        if growing and self._window_limited:
-            self.congestion.on_ack(result.packets, flight.srtt or 0.0, now)
+        sample = self._delivery.arrived(result.packets, result.newest, flight.min_rtt, now)
+        self.congestion.on_ack(sample, result.rtt, flight.in_flight, now)
         self._arm_probe(now)
         return result
 
     def transmit(self, carrier: Carrier, now: float) -> None:
         """Send what may be sent now: what got lost, then what is new, then an owed probe."""
-        flight = self.flight
-        window = int(self.congestion.window)
-        while flight.lost and flight.in_flight < window:
-            self._resend(flight.lost.first, carrier, now)
-        if flight.lost:
-            self._window_limited = True
-        elif self.pending:
-            self._send_new(window, carrier, now)
+        self._pace_at = None
+        if self.flight.lost or self.pending:
+            self._send_paced(carrier, now)
         if self._probe_owed:
             self._send_probe(carrier, now)
         self._arm(now)
 
     def deadline(self) -> float | None:
         """When `on_deadline` must be called at the latest."""
-        times = (self._rto_at, self._tlp_at, self.flight.reorder_at, self._zero_at)
+        reorder_at = self.flight.reorder_at
+        times = (self._pace_at, self._rto_at, self._tlp_at, reorder_at, self._zero_at)
         return min((when for when in times if when is not None), default=None)
 
     def on_deadline(self, now: float) -> int:
@@ -224,18 +235,38 @@ class Sender:
     def discard(self) -> None:
         """Forget all bytes: nothing will be sent any more."""
         self._offset = self._buffer.end
+        self._pace_at = None
         self._buffer.clear()
         self.flight.clear()
 
-    def _send_new(self, window: int, carrier: Carrier, now: float) -> None:
+    def _send_paced(self, carrier: Carrier, now: float) -> None:
+        """Send as much as the congestion window, the peer's window and the pacer permit."""
+        flight, congestion, pacer = self.flight, self.congestion, self._pacer
         # Any window but an empty one permits one packet (spec: udx 3.2).
         permitted = max(1, self.window // self.mtu.payload) if self.window else 0
-        budget = min(window, permitted) - self.flight.in_flight
-        if budget > 0:
-            while budget > 0 and self.pending:
-                budget -= self._send_run(budget, carrier, now)
+        unsent = -(-self.unsent // self.mtu.payload) + (self.end_queued and not self.end_sent)
+        fresh = min(permitted - flight.in_flight, unsent)
+        room = int(congestion.window) - flight.in_flight
+        wanted = min(room, flight.lost.total + max(fresh, 0))
+        if wanted > 0:
+            granted = pacer.grant(wanted, congestion.pace, congestion.burst, now)
+            repeated = self._resend(granted, carrier, now)
+            sent = self._send_new(min(granted - repeated, fresh), carrier, now)
+            pacer.spend(repeated + sent)
+            wanted -= granted
+        if wanted > 0 and congestion.pace is not None:
+            self._pace_at = pacer.ready_at(wanted, congestion.pace, congestion.burst)
+        elif flight.in_flight < int(congestion.window):
+            self._delivery.limit(flight.in_flight)
+
+    def _send_new(self, budget: int, carrier: Carrier, now: float) -> int:
+        """Send up to ``budget`` new packets; returns how many."""
+        sent = 0
+        while sent < budget and self.pending:
+            sent += self._send_run(budget - sent, carrier, now)
+        if sent:
             self._arm_probe(now)
-        self._window_limited = self.flight.in_flight >= window
+        return sent
 
     def _send_run(self, budget: int, carrier: Carrier, now: float) -> int:
         """Send up to ``budget`` new packets in one transmit; returns how many."""
@@ -251,7 +282,8 @@ class Sender:
         length = min(available, most * size)
         count = max(1, -(-length // size))
         fin = self.end_queued and length == available and not (self.end_apart and length)
-        run = Run(first, first + count, self._offset, length, size, now, fin)
+        left = self._delivery.depart(now, idle=self.flight.in_flight == 0)
+        run = Run(first, first + count, self._offset, length, size, left, fin)
         buffers: list[Buffer] = []
         plain = 0 if padding or count == 1 else count - fin
         if plain:
@@ -262,19 +294,41 @@ class Sender:
             self._append_packet(buffers, run, seq, carrier, padding)
         carrier.carry(buffers, size + HEADER_BYTES if count > 1 else 0, first)
         self._offset += length
-        self._end_sent = fin
+        self.end_sent = fin
         if self.idle:
             self._rto_at = now + self.flight.rto
         self.flight.sent(run)
         self.sent += count
         return count
 
-    def _resend(self, seq: int, carrier: Carrier, now: float) -> None:
+    def _resend(self, budget: int, carrier: Carrier, now: float) -> int:
+        """Send up to ``budget`` lost packets again; returns how many."""
+        sent = 0
+        # Packets from before a change of path go to another address than those after it.
+        most = _MAX_RUN_PACKETS if self.probing else 1
+        while sent < budget and self.flight.lost:
+            sent += self._repeat(self.flight.first_lost(min(budget - sent, most)), carrier, now)
+        return sent
+
+    def _repeat(self, packets: list[int], carrier: Carrier, now: float) -> int:
+        """Send packets again, as many as make up one transmit; returns how many."""
+        flight = self.flight
+        left = self._delivery.depart(now, idle=flight.in_flight == 0)
         buffers: list[Buffer] = []
-        self._append_packet(buffers, self.flight.resent(seq, now), seq, carrier, 0)
-        carrier.carry(buffers, 0, seq)
-        self.sent += 1
-        self.retransmissions += 1
+        most = count = 0
+        for seq in packets:
+            size = flight.find(seq).slice(seq)[1]
+            if count and (size > most or (count + 1) * (most + HEADER_BYTES) > _MAX_RUN_BYTES):
+                break
+            most = max(most, size)
+            self._append_packet(buffers, flight.resent(seq, left), seq, carrier, 0)
+            count += 1
+            if size < most:
+                break
+        carrier.carry(buffers, most + HEADER_BYTES if count > 1 else 0, packets[0])
+        self.sent += count
+        self.retransmissions += count
+        return count
 
     def _append_packet(
         self, buffers: list[Buffer], run: Run, seq: int, carrier: Carrier, padding: int
@@ -290,17 +344,20 @@ class Sender:
             buffers += self._buffer.pieces(offset, length)
 
     def _send_probe(self, carrier: Carrier, now: float) -> None:
-        """The tail-loss probe: something new if there is, else the newest again (spec: udx 4.5)."""
+        """The tail-loss probe: something new if there is, else the newest again (spec: udx 4.5);
+        beyond a gap the oldest, which the peer's reader waits for. It proves lost what left before
+        it, a retransmission too."""
+        flight = self.flight
         self._probe_owed = False
-        newest = self.flight.newest()
-        if newest is None or self._recover_until is not None or not self._probe_permitted:
+        probe = flight.una if flight.sacked else flight.newest()
+        if probe is None or self._timed_out or not self._probe_permitted:
             return
         self._probe_permitted = False
-        if self.pending and self.window:
+        if self.pending and self.window and not flight.sacked:
             self._send_run(1, carrier, now)
         else:
-            self._lose_probe([(newest, newest + 1)])
-            self._resend(newest, carrier, now)
+            self._lose_probe([(probe, probe + 1)])
+            self._repeat([probe], carrier, now)
         self._rto_at = now + self.flight.rto
 
     def _advance(self, now: float) -> None:
@@ -316,19 +373,20 @@ class Sender:
 
     def _detect_losses(self, now: float) -> None:
         late = self.flight.detect_losses(now, recovering=self._recover_until is not None)
-        if late and self._lose_probe(late) and self._recover_until is None:
-            self._recover_until = self.flight.next
-            self.congestion.on_loss()
+        if late and (packets := self._lose_probe(late)):
+            self.congestion.on_loss(packets)
+            if self._recover_until is None:
+                self._recover_until = self.flight.next
 
-    def _lose_probe(self, late: list[tuple[int, int]]) -> bool:
-        """Tell the MTU search if its probe is lost; returns whether anything else is."""
+    def _lose_probe(self, late: list[tuple[int, int]]) -> int:
+        """Tell the MTU search if its probe is lost; returns how many packets are besides."""
         probe = self.flight.probe
         packets = sum(end - start for start, end in late)
         if probe is not None and any(start <= probe < end for start, end in late):
             self.flight.probe = None
             self.mtu.lost()
             packets -= 1
-        return packets > 0
+        return packets
 
     def _on_timeout(self, now: float) -> int:
         flight = self.flight
@@ -345,8 +403,8 @@ class Sender:
 
     def _arm_probe(self, now: float) -> None:
         flight = self.flight
-        quiet = self._recover_until is None and not flight.sacked and self._probe_permitted
-        if flight.outstanding == 0 or not quiet or flight.srtt is None:
+        permitted = self._probe_permitted and not self._timed_out
+        if flight.outstanding == 0 or not permitted or flight.srtt is None:
             self._tlp_at = None
             return
         self._tlp_at = now + max(2 * flight.srtt + _ACK_DELAY, _MIN_PROBE_TIMEOUT)

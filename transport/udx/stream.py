@@ -102,6 +102,7 @@ class Stream:
         "_heartbeat_owed",
         "_keep_alive",
         "_keep_alive_at",
+        "_kept_ack",
         "_link_mtu",
         "_old_remotes",
         "_outbox",
@@ -183,6 +184,8 @@ class Stream:
         # Packets of plain data since the last ACK, and how many more are acknowledged at once.
         self._unacknowledged = 0
         self._quick_acks = QUICK_ACKS
+        # Number and blocks of the newest ACK that is not applied yet.
+        self._kept_ack: tuple[int, tuple[tuple[int, int], ...]] | None = None
         self._heartbeat_owed = False
         self._keep_alive: float | None = None
         self._keep_alive_at: float | None = None
@@ -292,8 +295,9 @@ class Stream:
         if self.closed or self._ack_owed or receiver.finished:
             return
         # The peer asks only every 2 s (spec: udx 3.3), and a tell for each byte would be silly.
-        small = self._advertised < receiver.capacity // 2
-        if small and receiver.window - self._advertised >= receiver.capacity // 4:
+        capacity = receiver.offer.capacity
+        small = self._advertised < capacity // 2
+        if small and receiver.window - self._advertised >= capacity // 4:
             self._owe_ack()
 
     # For the mux.
@@ -302,6 +306,9 @@ class Stream:
         """Process a packet that was let in, in the order of spec: udx 4.1."""
         self.has_received = True
         kind = packet.type
+        if not kind & ~wire.SACK and self.connected and not self._sender.end_sent:
+            self._receive_ack(packet)
+            return
         if kind & wire.HEARTBEAT:
             self._owe_ack()
             return
@@ -337,6 +344,7 @@ class Stream:
         arrived on the stream's own socket."""
         receiver, flight = self._receiver, self._sender.flight
         seq = expand(run.seqs[first], receiver.next)
+        expected = not receiver.gaps
         if not receiver.accept_run(seq, run.payloads[first:end]):
             for index in range(first, end):
                 if self.closed:
@@ -359,7 +367,10 @@ class Stream:
         if ack > flight.next:
             self._owner.stats.wrong_acks += end - first
             return
-        self._owe_ack_for(end - first, now)
+        if expected and not receiver.gaps:
+            self._owe_ack_for(end - first, now)
+        else:
+            self._owe_ack()
         if ack >= flight.una:
             self._sender.update_window(seq + last - first, ack, run.windows[last])
         if ack > flight.una and self._sender.acknowledge(ack, (), now) is not None:
@@ -391,6 +402,8 @@ class Stream:
         """What is to be sent now."""
         if self.closed or not self.connected:
             return []
+        self._apply_kept_ack(now)
+        self._receiver.follow(self._sender.flight.min_rtt or None, now)
         if self._send_data(now) and not self._receiver.gaps:
             # Every packet of data tells what an ACK would tell.
             self._ack_told()
@@ -451,6 +464,30 @@ class Stream:
             self._owner.changed(self)
         stats.duplicates += receiver.duplicates - duplicates
         stats.overruns += receiver.dropped - dropped
+
+    def _receive_ack(self, packet: Packet) -> None:
+        """Keep an ACK for the next `transmits`: the reference sends one for each packet, and the
+        last one of a batch tells all that the others did."""
+        flight = self._sender.flight
+        ack = expand(packet.ack, flight.una)
+        if ack > flight.next:
+            self._owner.stats.wrong_acks += 1
+            return
+        if ack < flight.una:
+            return
+        seq = expand(packet.seq, self._receiver.next)
+        self._sender.update_window(seq, ack, packet.window)
+        if self._kept_ack is None or self._kept_ack[0] <= ack:
+            self._kept_ack = ack, packet.sacks
+        self._owner.touch(self)
+
+    def _apply_kept_ack(self, now: float) -> None:
+        if self._kept_ack is None:
+            return
+        ack, sacks = self._kept_ack
+        self._kept_ack = None
+        if self._sender.acknowledge(ack, sacks, now) is not None:
+            self._acknowledged()
 
     def _acknowledged(self) -> None:
         """The peer has told something new about what was sent."""

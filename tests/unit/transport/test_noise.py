@@ -282,6 +282,30 @@ def test_responder_of_the_other_pattern(row: dict[str, Any]) -> None:
     assert state.noise_protocol.handshake_hash.hex() == row["handshake_hash"]
 
 
+def test_two_static_keys_are_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no other pair is remembered: an ephemeral secret must not outlive its handshake."""
+    multiplied: list[tuple[bytes, bytes]] = []
+    real = noise.diffie_hellman
+
+    def counted(number: bytes, public_key: bytes) -> bytes:
+        multiplied.append((number, public_key))
+        return real(number, public_key)
+
+    monkeypatch.setattr(noise, "diffie_hellman", counted)
+    noise._static_secret.cache_clear()
+    counts = []
+    for _ in range(3):
+        initiator, responder = fresh_ends()
+        multiplied.clear()
+        responder.read(initiator.message(b""))
+        payload, _ = responder.message(b"")
+        initiator.read(payload)
+        counts.append(len(multiplied))
+    assert counts == [8, 6, 6]
+    assert noise._static_secret.cache_info().currsize == 2
+    assert noise._static_secret.cache_info().maxsize == noise.STATIC_SECRETS
+
+
 # Rules of use
 
 

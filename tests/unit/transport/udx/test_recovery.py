@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from hyperseaport.transport.udx.rate import Departure
 from hyperseaport.transport.udx.recovery import Flight, Run
 
 
@@ -10,7 +11,7 @@ def flight(*counts: int, gap: float = 0.0) -> Flight:
     it = Flight()
     for number, count in enumerate(counts):
         first = it.next
-        it.sent(Run(first, first + count, first * 100, count * 100, 100, number * gap))
+        it.sent(Run(first, first + count, first * 100, count * 100, 100, Departure(number * gap)))
     return it
 
 
@@ -20,8 +21,8 @@ def losses(it: Flight, now: float, *, recovering: bool = False) -> list[tuple[in
 
 def test_payloads_are_found_by_number() -> None:
     it = Flight()
-    it.sent(Run(0, 3, 0, 250, 100, 0.0))
-    it.sent(Run(3, 4, 250, 0, 100, 0.0, fin=True))
+    it.sent(Run(0, 3, 0, 250, 100, Departure(0.0)))
+    it.sent(Run(3, 4, 250, 0, 100, Departure(0.0), fin=True))
     assert [it.find(seq).slice(seq) for seq in range(4)] == [
         (0, 100),
         (100, 100),
@@ -104,7 +105,7 @@ def test_an_answer_too_soon_to_a_retransmission_teaches_patience() -> None:
     it = flight(10)
     it.acknowledge(0, ((1, 4),), 0.1)
     losses(it, 0.1)
-    it.resent(0, 0.1)
+    it.resent(0, Departure(0.1))
     it.acknowledge(4, (), 0.11)
     it.acknowledge(4, ((5, 9),), 0.11)
     assert losses(it, 0.11) == []
@@ -116,8 +117,8 @@ def test_a_retransmission_can_be_lost_again() -> None:
     it = flight(10)
     it.acknowledge(0, ((2, 6),), 0.1)
     assert losses(it, 0.1) == [(0, 2)]
-    it.resent(0, 0.10)
-    it.resent(1, 0.11)
+    it.resent(0, Departure(0.10))
+    it.resent(1, Departure(0.11))
     assert it.in_flight == 6
     it.acknowledge(0, ((1, 6),), 0.25)
     assert losses(it, 0.25, recovering=True) == [(6, 10), (0, 1)]
@@ -126,8 +127,8 @@ def test_a_retransmission_can_be_lost_again() -> None:
 def test_a_timeout_loses_what_is_old_and_always_the_oldest() -> None:
     it = flight(2, 3, gap=1.0)
     assert it.expire(1.0) == [(0, 2)]
-    it.resent(0, 1.0)
-    it.resent(1, 1.0)
+    it.resent(0, Departure(1.0))
+    it.resent(1, Departure(1.0))
     assert sorted(it.expire(3.0)) == [(0, 1), (1, 2), (2, 5)]
     assert it.in_flight == 0
 
@@ -154,7 +155,7 @@ def test_nothing_is_left_after_everything_is_acknowledged() -> None:
     it.acknowledge(0, ((2, 6), (8, 15)), 0.1)
     for start, end in losses(it, 0.1):
         for seq in range(start, end):
-            it.resent(seq, 0.1)
+            it.resent(seq, Departure(0.1))
     it.acknowledge(20, (), 0.2)
     assert not it.lost
     assert not it._resent

@@ -117,6 +117,7 @@ def test_the_last_ack_of_a_run_does_for_all() -> None:
     pack = wire.HEADER.pack
     acks = [pack(255, 1, 0, 0, 1, 50_000, 0, number) for number in range(1, count + 1)]
     mux.receive_run(memoryview(b"".join(acks)), wire.HEADER_BYTES, 0, THERE, 0.1)
+    sent(mux, 0.1)
     assert stream.unacked == 0
     assert mux.stats.received == count
 
