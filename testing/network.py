@@ -2,32 +2,26 @@
 
 Everything happens in one thread and in an order that the seed alone decides, so a run that failed
 can be run again. Hosts are cores that follow `hyperseaport.transport.transmit.Core`.
+
+One `Link` holds between all hosts, unless `Network.path` gives one direction between two of them
+a link of its own. `Network.partition` cuts hosts off from each other.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 from ..transport.transmit import Address, Core, Transmit
+from .faults import Bursts, Faults, Link
+
+__all__ = ["MAX_STEPS", "Bursts", "Faults", "Host", "Link", "Network", "datagrams"]
 
 #: A run that needs more steps than this is taken for one that never ends.
 MAX_STEPS = 50_000_000
-
-
-@dataclass(slots=True)
-class Link:
-    """What happens to a datagram on its way. Times in seconds, shares from 0 to 1."""
-
-    delay: float = 0.001
-    #: Added to the delay, uniformly from 0 to this: above the spacing of packets it reorders them.
-    jitter: float = 0.0
-    loss: float = 0.0
-    duplicate: float = 0.0
-    #: Called with each datagram; True drops it. For losses that a test chooses.
-    drop: Callable[[bytes, Address, Address], bool] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -49,18 +43,28 @@ class Network:
     #: Datagrams delivered, and datagrams lost on the way or sent to nobody.
     delivered: int = 0
     lost: int = 0
-    _hosts: list[Host] = field(default_factory=list)
+    _hosts: set[Host] = field(default_factory=set)
     _by_address: dict[Address, tuple[Host, int]] = field(default_factory=dict)
     _agenda: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _sequence: int = 0
+    _common: Faults = field(init=False)
+    # Directions that somebody asked for by `path`, and those that need a queue of their own.
+    _paths: dict[tuple[Host, Host], Faults] = field(default_factory=dict)
+    _queues: dict[tuple[Host, Host], Faults] = field(default_factory=dict)
+    _cuts: list[tuple[frozenset[Host], frozenset[Host]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._common = Faults(self.link, self.rng)
 
     def attach(self, core: Core, sockets: Mapping[int, Address]) -> Host:
-        """Put a core on the network; its first transmits leave at the next step."""
+        """Put a core on the network; its first transmits leave at the next step. Raises ValueError
+        for an address that another host has."""
         host = Host(core, dict(sockets))
-        self._hosts.append(host)
-        for socket, address in sockets.items():
+        for address in host.sockets.values():
             if address in self._by_address:
                 raise ValueError(f"{address} is taken")
+        self._hosts.add(host)
+        for socket, address in host.sockets.items():
             self._by_address[address] = (host, socket)
         self.poke(host)
         return host
@@ -71,6 +75,33 @@ class Network:
         for address in host.sockets.values():
             del self._by_address[address]
         host.wake = None
+        for paths in (self._paths, self._queues):
+            for pair in [pair for pair in paths if host in pair]:
+                del paths[pair]
+
+    def path(self, source: Host, destination: Host, link: Link | None = None) -> Faults:
+        """The direction from one host to another, apart from all others from now on: its own
+        statistics, its own queue and, if given, its own link."""
+        pair = (source, destination)
+        faults = self._paths.get(pair)
+        if faults is None:
+            faults = self._paths[pair] = Faults(self.link, self.rng)
+        if link is not None:
+            faults.link = link
+        return faults
+
+    def share(self, faults: Faults, pairs: Iterable[tuple[Host, Host]]) -> None:
+        """Lead several directions, (source, destination) each, through one bottleneck."""
+        for pair in pairs:
+            self._paths[pair] = faults
+
+    def partition(self, left: Iterable[Host], right: Iterable[Host]) -> None:
+        """From now on nothing passes between the two sides. What is under way arrives."""
+        self._cuts.append((frozenset(left), frozenset(right)))
+
+    def heal(self) -> None:
+        """End all partitions."""
+        self._cuts.clear()
 
     def at(self, when: float, action: Callable[[], None]) -> None:
         """Run ``action`` when the clock reaches ``when``."""
@@ -99,16 +130,18 @@ class Network:
         return done is None or done()
 
     def _flush(self, host: Host) -> None:
+        if host not in self._hosts:
+            return
         for transmit in host.core.transmits(self.now):
             source = host.sockets.get(transmit.socket)
             if source is not None:
                 for datagram in datagrams(transmit):
-                    self._send(datagram, source, transmit.address)
+                    self._send(datagram, host, source, transmit.address)
         self._rearm(host)
 
     def _rearm(self, host: Host) -> None:
         deadline = host.core.deadline()
-        if deadline is None or host not in self._hosts:
+        if deadline is None:
             host.wake = None
             return
         if host.wake is not None and host.wake <= deadline and host.wake > self.now:
@@ -124,18 +157,17 @@ class Network:
         host.core.on_deadline(self.now)
         self._flush(host)
 
-    def _send(self, datagram: bytes, source: Address, destination: Address) -> None:
-        link, rng = self.link, self.rng
-        if link.drop is not None and link.drop(datagram, source, destination):
+    def _send(self, datagram: bytes, host: Host, source: Address, destination: Address) -> None:
+        entry = self._by_address.get(destination)
+        if entry is not None and self._cuts and self._cut(host, entry[0]):
             self.lost += 1
             return
-        if link.loss and rng.random() < link.loss:
+        faults = self._faults(host, None if entry is None else entry[0])
+        arrivals = faults.carry(datagram, self.now, source, destination)
+        if not arrivals:
             self.lost += 1
-            return
-        copies = 2 if link.duplicate and rng.random() < link.duplicate else 1
-        for _ in range(copies):
-            delay = link.delay + (rng.uniform(0, link.jitter) if link.jitter else 0.0)
-            self.at(self.now + delay, lambda: self._deliver(datagram, source, destination))
+        for when, arrived in arrivals:
+            self.at(when, partial(self._deliver, arrived, source, destination))
 
     def _deliver(self, datagram: bytes, source: Address, destination: Address) -> None:
         entry = self._by_address.get(destination)
@@ -146,6 +178,26 @@ class Network:
         self.delivered += 1
         host.core.receive(datagram, socket, source, self.now)
         self._flush(host)
+
+    def _cut(self, one: Host, other: Host) -> bool:
+        return any(
+            (one in left and other in right) or (other in left and one in right)
+            for left, right in self._cuts
+        )
+
+    def _faults(self, source: Host, destination: Host | None) -> Faults:
+        link, faults = self.link, self._common
+        if destination is not None:
+            pair = (source, destination)
+            own = self._paths.get(pair) if self._paths else None
+            if own is not None:
+                return own
+            if link.bandwidth is not None or link.bursts is not None:
+                faults = self._queues.get(pair) or faults
+                if faults is self._common:
+                    faults = self._queues[pair] = Faults(link, self.rng)
+        faults.link = link
+        return faults
 
 
 def datagrams(transmit: Transmit) -> list[bytes]:
