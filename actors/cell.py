@@ -241,6 +241,7 @@ class Cell:
             target.watchers.pop(self, None)
         if self.watching is not None:
             self.watching.pop(target, None)
+            self.watching = self.watching or None
 
     def _keep(self, owned: Owned) -> Owned:
         if self.owned is None:

@@ -121,16 +121,17 @@ class EndpointActor(Actor):
 
     @handles(Connect)
     def _connect(self, message: Connect, sender: ActorAddress) -> None:
-        self.run(self._connect_for(message, sender))
+        def opened(channel: Channel) -> None:
+            self.send(sender, Connected(channel))
+            self._watch_handover(channel)
 
-    async def _connect_for(self, message: Connect, sender: ActorAddress) -> None:
-        try:
-            channel = await self._node.connect(message.public_key, key_pair=message.key_pair)
-        except HyperseaportError as error:
+        def failed(error: Exception) -> None:
             self.send(sender, ConnectFailed(error))
-            return
-        self.send(sender, Connected(channel))
-        self._watch_handover(channel)
+
+        try:
+            self._node.dial(message.public_key, message.key_pair, opened, failed)
+        except HyperseaportError as error:
+            failed(error)
 
     # Connections from others
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -23,8 +24,16 @@ from thespian.actors import ActorAddress
 
 from ..transport.channel import Channel
 from ..transport.keys import KeyPair
-from .actor import Actor, ExitReason, handles
-from .messages import Connect, Connected, Resolve, Resolved, ServiceFailed, ServiceRecord
+from .actor import Actor, ActorGone, Down, ExitReason, handles
+from .messages import (
+    Connect,
+    Connected,
+    ConnectFailed,
+    Resolve,
+    Resolved,
+    ServiceFailed,
+    ServiceRecord,
+)
 from .splice import Splice, reset
 
 #: Seconds that a pipe may still run when it is asked to stop, and how long nothing must have moved
@@ -70,9 +79,13 @@ class Pipe(Actor):
             self._channel = args.channel
             self.own(args.channel.abort)
             self.run(self._serve(args))
-        else:
-            self.own(partial(reset, args.socket))
-            self.run(self._proxy(args))
+            return
+        self._proxied: ProxyPipe | None = args
+        # The services to try, the best match first.
+        self._services: deque[ServiceRecord] = deque()
+        self._tried = 0
+        self.own(partial(reset, args.socket))
+        self._ask(args.resolver, Resolve())
 
     async def _serve(self, args: ServicePipe) -> None:
         loop = asyncio.get_running_loop()
@@ -94,42 +107,63 @@ class Pipe(Actor):
             return
         self._join(splice, transport, args.channel)
 
-    async def _proxy(self, args: ProxyPipe) -> None:
-        loop = asyncio.get_running_loop()
-        channel = await self._reach(args)
-        if channel is None:
-            reset(args.socket)
+    # A proxy's way to a service: messages only, so that it is gone in as few turns as can be.
+
+    def _ask(self, actor: ActorAddress, question: Resolve | Connect) -> None:
+        """The answer comes as a message, or `Down` if the actor dies."""
+        self.monitor(actor)
+        self.send(actor, question)
+
+    @handles(Down)
+    def _nobody_answers(self, message: Down, _sender: ActorAddress) -> None:
+        raise ActorGone(message.address, message.reason)
+
+    @handles(Resolved)
+    def _resolved(self, message: Resolved, sender: ActorAddress) -> None:
+        self.demonitor(sender)
+        self._services.extend(message.services)
+        self._try_next()
+
+    def _try_next(self) -> None:
+        proxied = cast(ProxyPipe, self._proxied)
+        if not self._services:
+            self.log.warning("no service reached", tried=self._tried)
+            reset(proxied.socket)
             self.stop()
             return
-        self._channel = channel
-        self.own(channel.abort)
+        self._ask(proxied.endpoint, Connect(self._services[0].public_key, proxied.key_pair))
+
+    @handles(ConnectFailed)
+    def _connect_failed(self, message: ConnectFailed, sender: ActorAddress) -> None:
+        self.demonitor(sender)
+        key = self._services.popleft().public_key
+        self._tried += 1
+        self.log.info("service unreachable", key=key.hex(), reason=str(message.error))
+        self.send(cast(ProxyPipe, self._proxied).resolver, ServiceFailed(key))
+        self._try_next()
+
+    @handles(Connected)
+    def _connected(self, message: Connected, sender: ActorAddress) -> None:
+        self.demonitor(sender)
+        proxied = cast(ProxyPipe, self._proxied)
+        self._proxied = None
+        self._services.clear()
+        self._channel = message.channel
+        self.own(message.channel.abort)
+        self.run(self._proxy(proxied.socket, message.channel))
+
+    async def _proxy(self, client: socket.socket, channel: Channel) -> None:
+        loop = asyncio.get_running_loop()
         splice = Splice(self._side_closed)
         try:
-            transport, _ = await loop.connect_accepted_socket(lambda: splice.tcp, args.socket)
+            transport, _ = await loop.connect_accepted_socket(lambda: splice.tcp, client)
         except OSError:
             # The client is gone already.
             self.stop()
             return
         self._join(splice, transport, channel)
 
-    async def _reach(self, args: ProxyPipe) -> Channel | None:
-        """A channel to the first service that can be reached, the best match first."""
-        answer = await self.call(args.resolver, Resolve())
-        services = answer.services if isinstance(answer, Resolved) else ()
-        for service in services:
-            channel = await self._try(args, service)
-            if channel is not None:
-                return channel
-        self.log.warning("no service reached", tried=len(services))
-        return None
-
-    async def _try(self, args: ProxyPipe, service: ServiceRecord) -> Channel | None:
-        answer = await self.call(args.endpoint, Connect(service.public_key, args.key_pair))
-        if isinstance(answer, Connected):
-            return answer.channel
-        self.log.info("service unreachable", key=service.public_key.hex(), reason=str(answer.error))
-        self.send(args.resolver, ServiceFailed(service.public_key))
-        return None
+    # Both sides
 
     def _join(self, splice: Splice, transport: asyncio.BaseTransport, channel: Channel) -> None:
         self._tcp = cast(asyncio.Transport, transport)

@@ -64,9 +64,10 @@ class Resolver(Actor):
     @handles(Resolve)
     def _resolve(self, _message: Resolve, sender: ActorAddress) -> None:
         if self._records or self._waiting_is_full():
-            self.send(sender, self._resolved())
+            answer = self._resolved()
+            self.send(sender, answer)
             # A penalty may be over by now.
-            self._tell_followers()
+            self._tell_followers(answer)
             return
         self._waiting[sender] = None
         self.send(self.context["link"], Refresh(self._meta))
@@ -102,15 +103,17 @@ class Resolver(Actor):
 
     def _resolved(self) -> Resolved:
         """The highest version first, those that failed lately last."""
+        if not self._penalties:
+            return Resolved((self._records or ())[:MAX_TRIES])
         now = self.now
         penalties = self._penalties
         ordered = sorted(self._records or (), key=lambda r: penalties.get(r.public_key, 0.0) > now)
         return Resolved(tuple(ordered[:MAX_TRIES]))
 
-    def _tell_followers(self) -> None:
+    def _tell_followers(self, answer: Resolved | None = None) -> None:
         if self._records is None:
             return
-        answer = self._resolved()
+        answer = answer or self._resolved()
         first = answer.services[:1]
         for follower, told in self._followers.items():
             if told != first:
