@@ -12,8 +12,8 @@ each message the first 8 bytes of its MAC are XORed into the inner nonce and the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from nacl import bindings
 from nacl._sodium import ffi
 from nacl.bindings import crypto_secretstream_xchacha20poly1305_init_pull as _initialise
@@ -23,9 +23,6 @@ from nacl.bindings import crypto_secretstream_xchacha20poly1305_rekey as _rekey
 from nacl.exceptions import CryptoError
 
 from .transmit import Buffer
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 HEADER_BYTES = bindings.crypto_secretstream_xchacha20poly1305_HEADERBYTES
 #: A body is this much longer than its message: one tag byte and 16 bytes of MAC.
@@ -84,8 +81,6 @@ class StreamCipher:
         return message
 
     def _open_fast(self, body: memoryview) -> bytes:
-        from cryptography.exceptions import InvalidTag
-
         memory, aead = self._fast()
         nonce = bytes(memory[32:44])
         # The sender dropped the rest of the encrypted block, which is that of the key stream.
@@ -101,8 +96,6 @@ class StreamCipher:
         """The state's memory, and OpenSSL's cipher with the state's key."""
         memory = memoryview(ffi.buffer(self._state.statebuf)).cast("B")
         if self._aead is None:
-            from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-
             self._aead = ChaCha20Poly1305(bytes(memory[:32]))
         return memory, self._aead
 
