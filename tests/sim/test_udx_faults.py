@@ -38,7 +38,8 @@ FAULTS = {
     "loss": Link(delay=0.01, loss=0.1),
     "reorder": Link(delay=0.01, reorder=0.3),
     "duplicate": Link(delay=0.01, duplicate=0.3),
-    "bursts": Link(delay=0.01, bursts=Bursts(begin=0.01, end=0.2)),
+    # A burst lasts for three packets, also at the end, when one comes every other second.
+    "bursts": Link(delay=0.01, bursts=Bursts(begin=0.01, end=0.34)),
     "corruption": Link(delay=0.01, corrupt=0.01, corrupt_at=SAFELY_CORRUPTED),
     "blackhole": Link(delay=0.01, blackholes=((0.1, 5.1),)),
     "queue": Link(delay=0.01, bandwidth=1e6, queue=30_000),

@@ -17,8 +17,9 @@ from .packet import decode
 from .receive import RECEIVE_WINDOW
 from .stream import Stats, Stream
 
-#: Seconds for which a closed stream still answers its peer (spec: udx 2.4).
-TIME_WAIT = 5.0
+#: Seconds for which a closed stream still answers its peer: as long as a peer repeats its END that
+#: got no answer (spec: udx 2.4, which has 5 s, and 4.6).
+TIME_WAIT = 13.0
 #: Closed streams remembered at most; the oldest are forgotten first. About 400 bytes each.
 MAX_TIME_WAIT = 16384
 

@@ -35,7 +35,7 @@ MAX_MESSAGE_BYTES = 2028
 ACK_EVERY = 64
 ACK_DELAY = 0.001
 #: Packets at the start of a stream that are acknowledged at once: the peer's window opens by ACKs.
-QUICK_ACKS = 256
+QUICK_ACKS = 64
 
 
 @dataclass(slots=True)
