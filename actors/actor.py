@@ -232,6 +232,11 @@ class Actor(thespian.actors.Actor):
         """Have no `Down` sent after all; one that is on its way still arrives."""
         self._myRef.system.demonitor(self._myRef, address)
 
+    def whereis(self, path: str) -> ActorAddress | None:
+        """The actor that lives at a path now; the name of the only top-level actor may be left out.
+        For the successor of one that died: whom to work with says the context."""
+        return self._myRef.system.find(path)
+
     # Delivery.
 
     def receiveMessage(self, message: object, sender: ActorAddress) -> None:  # noqa: N802

@@ -166,6 +166,11 @@ class ServiceRecord:
     verified: bool = False
     #: Who registered it; None when the registry does not tell.
     remote_public_key: bytes | None = field(default=None, compare=False)
+    #: Of a signed lease: 32 hexadecimal digits that a running service has chosen, the number of the
+    #: statement, and its end in seconds of Unix time.
+    instance: str = field(default="", compare=False)
+    sequence: int = field(default=0, compare=False)
+    expires: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +180,10 @@ class Register:
 
     meta: Mapping[str, Any]
     service_key: bytes
+    #: Signs the lease; without it, the registration is one that anybody could have made.
+    key_pair: KeyPair | None = None
+    #: 32 hexadecimal digits that tell this run of the service from others.
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +198,10 @@ class Unregister:
 class Registered:
     meta: Mapping[str, Any]
     service_key: bytes
+    #: With which registry.
+    registry_key: bytes = b""
+    #: The registry holds a lease that the service's key has signed.
+    verified: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +211,7 @@ class RegistrationRefused:
     meta: Mapping[str, Any]
     service_key: bytes
     text: str
+    registry_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +250,10 @@ class Services:
 
     meta: Mapping[str, Any]
     records: tuple[ServiceRecord, ...]
+    #: A registry can be asked right now.
+    live: bool = True
+    #: Seconds since a registry last vouched for this.
+    age: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +349,9 @@ class ProxyUnrouted:
 class Resolve:
     """Which services may a new connection use? Answer: `Resolved`, once there is one."""
 
+    #: Keys of those that this connection has tried already.
+    excluding: frozenset[bytes] = frozenset()
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
@@ -340,7 +361,24 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class ServiceFailed:
-    """No connection to this service came about. No answer."""
+    """No connection to this service came about, or it broke before its first byte. No answer."""
+
+    public_key: bytes
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceWorked:
+    """The service's first byte has arrived. No answer."""
+
+    public_key: bytes
+    #: Seconds from the attempt to connect until then.
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTaken:
+    """The sender, a pipe, runs over this service from now on until it dies. No answer."""
 
     public_key: bytes
 
@@ -348,3 +386,40 @@ class ServiceFailed:
 @dataclass(frozen=True, slots=True)
 class Follow:
     """Tell the sender which service comes first, now and at each change, as `Resolved`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """Why is each known instance taken or passed over? Answer: `Explained`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """JSON objects, the instance that comes first first."""
+
+    rows: tuple[Mapping[str, Any], ...]
+
+
+# The health check of a service, to its announcement.
+
+
+@dataclass(frozen=True, slots=True)
+class HealthChanged:
+    healthy: bool
+    #: One line.
+    reason: str = ""
+
+
+# Looking in. Any actor that has something to show answers.
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """Answer: `Described`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """JSON values by name; never secrets."""
+
+    fields: Mapping[str, Any]

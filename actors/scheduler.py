@@ -99,6 +99,22 @@ class Scheduler:
         # The sender of what comes from no actor.
         self.outside = Address("/outside", None)
 
+    # Who lives.
+
+    def find(self, path: str) -> Address | None:
+        """The living actor at a path such as `/root/endpoint`. When there is one top-level actor,
+        its name may be left out: `/endpoint`."""
+        names = path.removeprefix("/").split("/")
+        if len(self._top) == 1 and names[0] not in self._top:
+            names = [*self._top, *names]
+        level, cell = self._top, None
+        for name in names:
+            cell = level.get(name)
+            if cell is None:
+                return None
+            level = cell.children or {}
+        return cell.address if cell is not None else None
+
     # Life and death.
 
     def spawn_below(

@@ -154,20 +154,6 @@ class ActorRuntime(AsyncioSystemBase):
         elif isinstance(whom, str) and not missing_ok:
             raise LocalError(f"no actor lives at {whom}: see `tree` for those that do")
 
-    def find(self, path: str) -> Address | None:
-        """The living actor at a path such as `/root/endpoint`. When there is one top-level actor,
-        its name may be left out: `/endpoint`."""
-        names = path.removeprefix("/").split("/")
-        if len(self._top) == 1 and names[0] not in self._top:
-            names = [*self._top, *names]
-        level, cell = self._top, None
-        for name in names:
-            cell = level.get(name)
-            if cell is None:
-                return None
-            level = cell.children or {}
-        return cell.address if cell is not None else None
-
     def tree(self) -> list[str]:
         """The paths of all living actors: parents first, then the elder first."""
         return [cell.address.path for cell in self._walk()]
