@@ -11,7 +11,8 @@ Words and meanings are those of Erlang/OTP's supervisor, with these differences:
   before the child has ever served is the caller's fault, which no restart mends: then the
   supervisor gives up at once, for the child's reason.
 - A supervisor that gives up exits abnormally, so that also a parent for which it is transient
-  restarts it.
+  restarts it; and its reason names the child that failed, how often, and why.
+- No child is significant: a supervisor whose children have all ended for good lives on.
 
 What is to be done follows from where things stand rather than from what happened: each event notes
 what it changes, and calls `_proceed`. That stops what has to be down, the youngest first, and then
@@ -23,6 +24,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, get_args
 
 from .actors.actor import (
@@ -40,8 +42,14 @@ from .actors.actor import (
 
 Strategy = Literal["one_for_one", "one_for_all", "rest_for_one", "simple_one_for_one"]
 Restart = Literal["permanent", "transient", "temporary"]
+State = Literal["starting", "serving", "stopping", "waiting", "down"]
 
-GAVE_UP = ExitReason("reached maximum restart intensity")
+
+@dataclass(frozen=True, slots=True)
+class GaveUp(ExitReason):
+    """A supervisor's children failed too often. The text begins with the child where it began, such
+    as `/node/endpoint failed 4 times in 5 s, the last time: OSError: no space left on device`, and
+    ends with those above that failed because of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,23 +166,46 @@ class ChildTerminated:
 
 @dataclass(frozen=True, slots=True)
 class WhichChildren:
-    """Answer: `Children`."""
+    """Answer: `Children`, with at most `limit` children of a simple_one_for_one supervisor, which
+    may have very many."""
+
+    limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ChildStatus:
-    """A child and its address, which is None while it is down."""
+    """How a child is, and its address, which is None while it is waiting or down."""
 
     id: str
+    actor: type[Actor]
     address: ActorAddress | None
-    ready: bool
+    #: starting until it serves; stopping when it was asked to; waiting for its restart or for its
+    #: elders; down when nothing will start it but a restart of its group.
+    state: State
+    #: Seconds since its start, or since its end while it is waiting or down; 0 before its start.
+    since: float
+    #: Starts after the first, whoever's failure it was.
+    restarts: int
+    #: Of its last exit that was a failure; empty when there was none.
+    last_reason: str
+    #: Seconds until its restart, while it is waiting and that is known.
+    restarts_in: float | None
+
+    @property
+    def ready(self) -> bool:
+        return self.state == "serving"
 
 
 @dataclass(frozen=True, slots=True)
 class Children:
-    """All children in the order of their start."""
+    """Children in the order of their start, and how their supervisor is, as in `ChildStatus`."""
 
     children: tuple[ChildStatus, ...]
+    #: How many there are beyond those.
+    more: int
+    strategy: Strategy
+    state: State
+    since: float
 
 
 class _Child:
@@ -186,12 +217,15 @@ class _Child:
         "done",
         "failures",
         "id",
+        "last_reason",
         "position",
+        "restart_at",
         "served_once",
         "serving",
+        "since",
         "spec",
-        "started",
         "starter",
+        "starts",
         "stopping",
         "terminators",
         "timer",
@@ -205,7 +239,10 @@ class _Child:
         self.position = position
         # None while it is down.
         self.address: ActorAddress | None = None
-        self.started = 0.0
+        # When it started last, or ended last.
+        self.since = 0.0
+        self.starts = 0
+        self.last_reason = ""
         self.serving = False
         self.served_once = False
         # It was asked to stop.
@@ -216,6 +253,8 @@ class _Child:
         self.failures = 0
         # While it is up, kills it if it does not get ready; while it is down, restarts it.
         self.timer: Timer | None = None
+        # When that is, while it is down.
+        self.restart_at = 0.0
         # Who waits for its start, and for its end.
         self.starter: ActorAddress | None = None
         self.terminators: tuple[ActorAddress, ...] = ()
@@ -257,8 +296,11 @@ class Supervisor(Actor):
         self._serial = 0
         self._children: dict[str, _Child] = {}
         self._by_address: dict[ActorAddress, _Child] = {}
-        # The times of restarts within the period.
-        self._restarts: deque[float] = deque()
+        self._started = self.now
+        # All children have served at the same time once.
+        self._serving = False
+        # The times of restarts within the period, and who failed.
+        self._restarts: deque[tuple[float, str]] = deque()
         # Why it exits once all children are down.
         self._ending: ExitReason | None = None
         # Children from this position on have to be down before any starts.
@@ -268,7 +310,7 @@ class Supervisor(Actor):
         self._gate_opens = 0.0
         self._simple = args.strategy == "simple_one_for_one"
         if self._simple:
-            self.ready()
+            self._serve()
             return
         for position, spec in enumerate(args.children):
             self._children[spec.id] = _Child(spec, spec.id, spec.args, position)
@@ -283,13 +325,15 @@ class Supervisor(Actor):
         if child is None:
             return
         asked = child.stopping
-        uptime = self.now - child.started
+        uptime = self.now - child.since
+        child.since = self.now
         child.address = None
         child.serving = child.stopping = False
         child.cancel_timer()
         if self._ending is not None or asked:
             self._after_stop(child)
         elif self._restarts_after(child.spec, message.reason):
+            child.last_reason = message.reason.text
             self._restart(child, uptime, message.reason)
         else:
             self._finish(child, message.reason)
@@ -359,10 +403,44 @@ class Supervisor(Actor):
             self._stop(child)
 
     @handles(WhichChildren)
-    def _on_which_children(self, _message: WhichChildren, sender: ActorAddress) -> None:
-        children = self._children.values()
-        statuses = (ChildStatus(each.id, each.address, each.serving) for each in children)
-        self.send(sender, Children(tuple(statuses)))
+    def _on_which_children(self, message: WhichChildren, sender: ActorAddress) -> None:
+        limit = message.limit if self._simple else None
+        shown = tuple(self._status(child) for child in islice(self._children.values(), limit))
+        more = len(self._children) - len(shown)
+        age = self.now - self._started
+        self.send(sender, Children(shown, more, self._spec.strategy, self._own_state(), age))
+
+    def _own_state(self) -> State:
+        if self._ending is not None:
+            return "stopping"
+        return "serving" if self._serving else "starting"
+
+    def _status(self, child: _Child) -> ChildStatus:
+        state = self._state(child)
+        return ChildStatus(
+            id=child.id,
+            actor=child.spec.actor,
+            address=child.address,
+            state=state,
+            since=self.now - child.since if child.starts else 0.0,
+            restarts=max(child.starts - 1, 0),
+            last_reason=child.last_reason,
+            restarts_in=self._restarts_in(child) if state == "waiting" else None,
+        )
+
+    def _state(self, child: _Child) -> State:
+        if child.stopping:
+            return "stopping"
+        if child.address is not None:
+            return "serving" if child.serving else "starting"
+        return "down" if child.done or self._ending is not None else "waiting"
+
+    def _restarts_in(self, child: _Child) -> float | None:
+        if child.timer is not None:
+            return max(child.restart_at - self.now, 0.0)
+        if self._gate is not None:
+            return max(self._gate_opens - self.now, 0.0)
+        return None
 
     # Failure.
 
@@ -379,9 +457,9 @@ class Supervisor(Actor):
             return
         backoff = self._spec.backoff
         child.failures = 1 if uptime >= backoff.quiet else child.failures + 1
-        if self._beyond_intensity():
+        if self._beyond_intensity(child):
             self.log.error("supervisor.gave_up", child=child.id, reason=reason.text)
-            self._end(GAVE_UP)
+            self._end(self._too_often(child, reason))
             return
         delay = backoff.delay(child.failures, self._rng)
         self.log.warning(
@@ -392,6 +470,7 @@ class Supervisor(Actor):
             self._close_gate(delay)
         elif delay > 0:
             child.timer = self.after(delay, _RestartDue(child))
+            child.restart_at = self.now + delay
         elif self._simple:
             self._start(child)
 
@@ -400,13 +479,26 @@ class Supervisor(Actor):
         """Restarts wait for elder siblings, rather than being each child's own affair."""
         return self._spec.strategy in ("one_for_all", "rest_for_one")
 
-    def _beyond_intensity(self) -> bool:
+    def _beyond_intensity(self, child: _Child) -> bool:
         """Count a restart."""
         restarts = self._restarts
-        restarts.append(self.now)
-        while restarts[0] < self.now - self._spec.period:
+        restarts.append((self.now, child.id))
+        while restarts[0][0] < self.now - self._spec.period:
             restarts.popleft()
         return len(restarts) > self._spec.intensity
+
+    def _too_often(self, child: _Child, reason: ExitReason) -> GaveUp:
+        """What to say of the restarts within the period, the last of which was this child's."""
+        path = f"{self.path}/{child.id}"
+        failed = f"{path[path.index('/', 1) :]} failed"
+        total = len(self._restarts)
+        own = sum(each == child.id for _, each in self._restarts)
+        if total > 1:
+            siblings = f" and its siblings {_times(total - own)}" if total > own else ""
+            failed += f" {_times(own)}{siblings} in {self._spec.period:g} s"
+        if isinstance(reason, GaveUp):
+            return GaveUp(f"{reason.text}, and so {failed}")
+        return GaveUp(f"{failed}{', the last time' if total > 1 else ''}: {reason.text}")
 
     def _doom_from(self, position: int) -> None:
         doomed = self._doomed_from
@@ -496,7 +588,11 @@ class Supervisor(Actor):
                 return
             complete = False
         if complete:
-            self.ready()
+            self._serve()
+
+    def _serve(self) -> None:
+        self._serving = True
+        self.ready()
 
     def _bring_up(self, child: _Child) -> bool:
         """Start it if it is down and need not wait. Returns whether it serves."""
@@ -508,7 +604,8 @@ class Supervisor(Actor):
         spec = child.spec
         context = self.context if self._simple else self._context_of(child)
         child.address = self.spawn(spec.actor, child.args, child.id, context)
-        child.started = self.now
+        child.since = self.now
+        child.starts += 1
         self._by_address[child.address] = child
         if spec.wait_ready is None:
             self._serves(child)
@@ -559,6 +656,10 @@ class Supervisor(Actor):
         starter, child.starter = child.starter, None
         if starter is not None:
             self.send(starter, answer)
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _is_callers_fault(reason: ExitReason) -> bool:
