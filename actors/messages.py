@@ -257,6 +257,17 @@ class Services:
 
 
 @dataclass(frozen=True, slots=True)
+class ListRoles:
+    """Which roles does the registry know? Answer: `RolesListed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolesListed:
+    #: None when the registry cannot tell, or does not answer.
+    roles: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Refresh:
     """A service that a `Watch` told of does not work: ask the registry again, and keep asking for a
     while, since it may not know yet."""
@@ -315,6 +326,9 @@ class RegistryListening:
     """Clients can connect to the registry."""
 
     public_key: bytes
+    #: Whoever knows the key may register services, and look for them.
+    anybody_registers: bool = False
+    anybody_queries: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,6 +422,13 @@ class HealthChanged:
     healthy: bool
     #: One line.
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceUnhealthy:
+    """To the console: the TCP target does not answer, so the service is not registered."""
+
+    reason: str
 
 
 # Looking in. Any actor that has something to show answers.

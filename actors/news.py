@@ -19,10 +19,16 @@ from .messages import (
     ServiceListening,
     ServiceRecord,
     ServiceRegistered,
+    ServiceUnhealthy,
 )
 
 Say = Callable[[str], None]
 Show = Callable[[object], None]
+
+#: How long without its registry a program says nothing more of that after the first line, in
+#: seconds, and how much longer each time.
+WAITING_QUIET = 5.0
+WAITING_GROWS = 1.5
 
 
 def registry(say: Say) -> Show:
@@ -32,6 +38,8 @@ def registry(say: Say) -> Show:
         match news:
             case RegistryListening():
                 say(f"Registry listening. Connect with pubkey  {news.public_key.hex()}")
+                if who := _open_to(news):
+                    say(who)
             case ServiceRegistered():
                 say(f"registered service {inspect(news.info)}")
 
@@ -40,6 +48,7 @@ def registry(say: Say) -> Show:
 
 def service(say: Say) -> Show:
     """Lines of `hyperseaport service`."""
+    link = _links(say)
 
     def show(news: object) -> None:
         match news:
@@ -49,14 +58,17 @@ def service(say: Say) -> Show:
                 say(f"registered service {inspect(news.meta)}")
             case RegistrationRefused():
                 say(f"the registry refuses the service: {news.text}")
+            case ServiceUnhealthy():
+                say(f"the service is not registered while its target is down: {news.reason}")
             case _:
-                _link(say, news)
+                link(news)
 
     return show
 
 
 def proxy(say: Say, role: str) -> Show:
     """Lines of `hyperseaport proxy`."""
+    link = _links(say)
 
     def show(news: object) -> None:
         match news:
@@ -70,7 +82,7 @@ def proxy(say: Say, role: str) -> Show:
             case ProxyUnrouted():
                 say(f"waiting for service {role}")
             case _:
-                _link(say, news)
+                link(news)
 
     return show
 
@@ -88,12 +100,38 @@ def dht(say: Say, nodes: int) -> Show:
     return show
 
 
-def _link(say: Say, news: object) -> None:
-    match news:
-        case LinkConnecting() if news.attempt == 1:
-            say(f"connecting to registry {news.registry_key.hex()}")
-        case LinkDown():
-            say(f"waiting for registry {news.registry_key.hex()} ({news.down_for:.0f} s)")
+def _open_to(news: RegistryListening) -> str:
+    """What strangers may do, and how to keep them from it."""
+    open_to = {
+        "register": (news.anybody_registers, "--allow-register"),
+        "look for": (news.anybody_queries, "--allow-query"),
+    }
+    may = [what for what, (anybody, _) in open_to.items() if anybody]
+    options = [option for anybody, option in open_to.values() if anybody]
+    if not may:
+        return ""
+    return (
+        f"whoever knows this key may {' and '.join(may)} services "
+        f"({', '.join(options)} KEY: only some)"
+    )
+
+
+def _links(say: Say) -> Show:
+    """Lines of the sessions with registries. A registry that is away is tried every few seconds;
+    the lines about it grow rarer, as nobody reads a thousand of them."""
+    #: Until when, in seconds without the registry, nothing more is said of it.
+    quiet: dict[bytes, float] = {}
+
+    def show(news: object) -> None:
+        match news:
+            case LinkConnecting() if news.attempt == 1:
+                quiet.pop(news.registry_key, None)
+                say(f"connecting to registry {news.registry_key.hex()}")
+            case LinkDown() if news.down_for >= quiet.get(news.registry_key, 0.0):
+                quiet[news.registry_key] = max(WAITING_QUIET, WAITING_GROWS * news.down_for)
+                say(f"waiting for registry {news.registry_key.hex()} ({news.down_for:.0f} s)")
+
+    return show
 
 
 def _found(record: ServiceRecord) -> dict[str, object]:

@@ -45,6 +45,11 @@ def valid(version: object) -> str | None:
     """
     if not isinstance(version, str) or len(version) > MAX_LENGTH:
         return None
+    return _core(version)
+
+
+@lru_cache(CACHE_SIZE)
+def _core(version: str) -> str | None:
     found = _VERSION.fullmatch(version.strip())
     if found is None:
         return None

@@ -7,7 +7,7 @@ when unknown), `_tags`, `tags` and `hash`, in this order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ...transport.errors import InvalidInput
@@ -41,9 +41,11 @@ def parse(role: str | Mapping[str, Any]) -> dict[str, Any]:
     return meta
 
 
-def to_register(role: str) -> dict[str, Any]:
+def to_register(role: str, tags: Sequence[str] = ()) -> dict[str, Any]:
     """The meta object to register. Raises `InvalidInput` when the text names no exact version."""
     meta = _parse_named(role, "couchdb@3.2.2")
+    if tags:
+        meta = parse({"role": role, "tags": list(tags)})
     version = meta.get("version")
     if not version:
         raise InvalidInput(f"the role {role!r} has no version: write it as {meta['role']}@1.2.3")

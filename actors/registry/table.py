@@ -1,316 +1,153 @@
-"""The registry's table: who offers what, and who waits for it (spec: registry 6.2, 6.7).
+"""The registry's table: answers the sessions (spec: registry 6.2, 6.7; docs/registry-protocol.md).
 
-`Table` is the logic, without clock and actors; `TableActor` answers the sessions with it. An entry
-belongs to the session that registered it and goes with it, so the table never tells of a service
-whose registration connection is known to be gone.
+What it knows is in `rows`, who waits for it in `interest`. Here are the methods, with what they
+take and answer, and the order of things: what a request has changed is durable before it is
+answered. One commit is for all requests that wait in the mailbox, since the message that asks for
+it comes behind them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable, Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 from thespian.actors import ActorAddress
 
-from ...transport.errors import InvalidInput, RemoteError
-from ...transport.keys import blake2b, parse_key
+from ...transport.errors import InvalidInput
+from ...transport.keys import parse_key
 from ...transport.rpc import ABSENT
-from ..actor import Actor, Down, handles
+from ..actor import NORMAL, Actor, Down, ExitReason, Timer, handles
+from ..console import tell
 from ..messages import (
+    Describe,
+    Described,
     ServiceGone,
     ServiceRegistered,
     TableAnswer,
     TableRefusal,
     TableRequest,
 )
-from . import matching
-from .roles import Meta
+from . import lease, matching
+from .entries import Entry, Service
+from .interest import Group, Waiters, Watches
+from .lease import BAD_VERSION, Refused, Verifier, check_meta
+from .rows import MAX_RESULTS, Rows
+from .store import CommitFailed, Store
 
-#: Bytes of a description as JSON: what programs send has about 100, and each is kept in memory.
-MAX_META = 16 * 1024
-#: Characters of a role name. It is part of every answer about it.
-MAX_ROLE = 1024
-#: Entries of one session: a service program registers one.
-MAX_ENTRIES_PER_SESSION = 256
-#: Entries in all: about 1 KiB of memory each, 16 KiB at worst.
-MAX_ENTRIES = 20_000
-#: Different versions of one role: each is compared with the range at every query of the role.
-MAX_VERSIONS = 256
-#: Entries in one answer, of about 150 bytes each: more than a proxy can use.
-MAX_RESULTS = 256
-#: Bytes of one answer, by a generous estimate: its line must stay below `transport.rpc.MAX_LINE`.
+#: Bytes of one answer, by an estimate that is never too low: its line must stay below
+#: `transport.rpc.MAX_LINE`.
 MAX_ANSWER = 512 * 1024
-#: Requests of one session that wait for a service: a proxy program has one.
-MAX_WAITERS_PER_SESSION = 64
-#: Requests in all that wait for a service.
-MAX_WAITERS = 10_000
-#: Seconds that a request waits for a service (spec: registry 6.3).
-WAIT = 15.0
+#: Seconds for which renewals, and what could not be written, wait for the next commit.
+LAZY = 5.0
+#: Renewals in one commit, of about 50 us each, and seconds until the next ones are written.
+MAX_RENEWALS = 500
+RENEWALS_PAUSE = 0.1
+#: Roles in one answer: with names of `lease.MAX_ROLE` characters it stays below `MAX_ANSWER`.
+MAX_ROLES = 100
+#: Entries in one description.
+MAX_DESCRIBED = 1000
 
 #: What the Node programs answer in these cases; clients may compare them (spec: registry 6.2).
-BAD_VERSION = "needs to be valid semver"
 NO_KEY = "info needs an id property"
 WAIT_OVER = "timeout waiting for service"
 
-#: Who registered and who waits: in the table of an actor the address of a session.
-Holder = TypeVar("Holder", bound=Hashable)
 
+@dataclass(frozen=True, slots=True)
+class TableArgs:
+    """Where to keep what must survive a restart: an SQLite file, or nowhere."""
 
-class Refused(RemoteError):
-    """A request that the registry does not fulfil; its text is the answer."""
+    path: Path | None = None
+    #: Unix seconds.
+    clock: Callable[[], float] = time.time
 
 
 @dataclass(frozen=True, slots=True)
-class Entry(Generic[Holder]):
-    """One service, as one session registered it."""
+class TableNotice:
+    """To a session: what a watch of its client is told of has changed."""
 
-    holder: Holder
-    meta: Meta
-    #: 64 lower-case hexadecimal digits, as in all answers.
-    service_key: str
-    remote_key: str
-    #: Bytes of the description as JSON.
-    size: int
-
-    @property
-    def role(self) -> str:
-        return str(self.meta["role"])
-
-    @property
-    def version(self) -> str:
-        """As registered: may have a `v`, white space and build metadata around it."""
-        return str(self.meta["version"])
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What the registry prints of it, and the `info` of shape A."""
-        return {"id": self.service_key, "remotePublicKey": self.remote_key, "meta": self.meta}
-
-    @property
-    def shape_a(self) -> dict[str, Any]:
-        """The answer to `waitFor`."""
-        return {"meta": self.meta, "info": self.info}
-
-    @property
-    def shape_c(self) -> dict[str, Any]:
-        """One item of the answer to `query`."""
-        return {
-            "servicePublicKey": self.service_key,
-            "role": self.role,
-            "version": self.version,
-            "prerelease": matching.prerelease(self.version),
-        }
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """The same with what else is known, for clients that ask for `details`: ours."""
-        return self.shape_c | {"remotePublicKey": self.remote_key, "meta": self.meta}
+    watch: int
+    #: The whole list, items as in the answer to `watch`.
+    services: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Waiter(Generic[Holder]):
-    """A request that is answered when somebody registers what it wants."""
+class Counted:
+    """From a session: one more of what the table counts under this name."""
 
-    holder: Holder
-    ticket: int
-    role: str
-    wanted: str | None
-    remote_key: bytes
-    deadline: float
+    name: str
 
 
-class Table(Generic[Holder]):
-    """Entries and waiters. Times are seconds on any clock that only moves forward."""
-
-    def __init__(self) -> None:
-        # Role, version without build metadata, key: one entry, whoever registers it again.
-        self._roles: dict[str, dict[str, dict[str, Entry[Holder]]]] = {}
-        self._held: dict[Holder, dict[tuple[str, str, str], None]] = {}
-        self._entries = 0
-        # All wait equally long, so the order of insertion is the order of the deadlines.
-        self._waiters: dict[tuple[Holder, int], Waiter[Holder]] = {}
-        self._waiting_for: dict[str, dict[tuple[Holder, int], None]] = {}
-        self._waiting: dict[Holder, dict[int, None]] = {}
-
-    def __len__(self) -> int:
-        return self._entries
-
-    def __iter__(self) -> Iterator[Entry[Holder]]:
-        return (
-            entry
-            for versions in self._roles.values()
-            for keys in versions.values()
-            for entry in keys.values()
-        )
-
-    @property
-    def waiters(self) -> int:
-        return len(self._waiters)
-
-    def register(
-        self, holder: Holder, params: Any, remote_key: bytes
-    ) -> tuple[Entry[Holder], list[Waiter[Holder]]]:
-        """The entry and the waiters that it answers, which wait no longer.
-
-        The same service registered again, by this session or another, replaces what there was.
-        Raises `Refused`.
-        """
-        meta, service_key = _service(params)
-        place = _place(meta, service_key)
-        if place not in self._held.get(holder, ()):
-            self._check_room(holder, *place)
-        self._remove(place)
-        entry = Entry(holder, meta, service_key, remote_key.hex(), _size(meta))
-        role, version, _ = place
-        self._roles.setdefault(role, {}).setdefault(version, {})[service_key] = entry
-        self._held.setdefault(holder, {})[place] = None
-        self._entries += 1
-        answered = [
-            waiter
-            for waiter in map(self._waiters.__getitem__, self._waiting_for.get(role, ()))
-            if _accepts(waiter.wanted, version)
-        ]
-        for waiter in answered:
-            self._forget(waiter)
-        return entry, answered
-
-    def unregister(self, holder: Holder, params: Any, remote_key: bytes) -> Entry[Holder] | None:
-        """The entry that went, or None: that is no error.
-
-        Only the session that registered it and the owner of the service's key take an entry out.
-        Raises `Refused`.
-        """
-        place = _place(*_service(params))
-        entry = self._at(place)
-        if entry is None:
-            return None
-        if entry.holder != holder and entry.service_key != remote_key.hex():
-            raise Refused("registered by another connection: only that one can unregister it")
-        return self._remove(place)
-
-    def query(self, params: Any, asker: bytes) -> list[Entry[Holder]]:
-        """The entries that match, at most `MAX_RESULTS`: highest version first, and among entries
-        of one version an order of the asker's own, always the same, which spreads the askers who
-        take the first. Raises `Refused`."""
-        role, wanted = _wanted(params)
-        versions = self._roles.get(role)
-        if versions is None:
-            return []
-        found: list[Entry[Holder]] = []
-        accepted = (version for version in versions if _accepts(wanted, version))
-        for version in sorted(accepted, key=_preference(wanted), reverse=True):
-            keys = versions[version]
-            order = sorted(keys, key=lambda key: blake2b(asker, key.encode()))
-            found += map(keys.__getitem__, order[: MAX_RESULTS - len(found)])
-            if len(found) == MAX_RESULTS:
-                break
-        return found
-
-    def wait(
-        self, holder: Holder, ticket: int, params: Any, remote_key: bytes, now: float
-    ) -> Entry[Holder] | None:
-        """The entry to answer with at once; None when the request waits. Raises `Refused`."""
-        found = self.query(params, remote_key)
-        if found:
-            return found[0]
-        role, wanted = _wanted(params)
-        if wanted is not None and not matching.valid_range(wanted):
-            raise Refused("not a version range")
-        waiting = self._waiting.setdefault(holder, {})
-        if len(waiting) >= MAX_WAITERS_PER_SESSION or len(self._waiters) >= MAX_WAITERS:
-            raise Refused("too many requests wait for a service")
-        waiter = Waiter(holder, ticket, role, wanted, remote_key, now + WAIT)
-        self._waiters[holder, ticket] = waiter
-        self._waiting_for.setdefault(role, {})[holder, ticket] = None
-        waiting[ticket] = None
-        return None
-
-    def deadline(self) -> float | None:
-        """When `expire` must be called next."""
-        return next((waiter.deadline for waiter in self._waiters.values()), None)
-
-    def expire(self, now: float) -> list[Waiter[Holder]]:
-        """The waiters whose time is over; they wait no longer."""
-        expired: list[Waiter[Holder]] = []
-        for waiter in self._waiters.values():
-            if waiter.deadline > now:
-                break
-            expired.append(waiter)
-        for waiter in expired:
-            self._forget(waiter)
-        return expired
-
-    def drop(self, holder: Holder) -> list[Entry[Holder]]:
-        """Forget everything of a session that is gone; returns its entries."""
-        for ticket in tuple(self._waiting.get(holder, ())):
-            self._forget(self._waiters[holder, ticket])
-        self._waiting.pop(holder, None)
-        places = tuple(self._held.get(holder, ()))
-        gone = [entry for entry in map(self._remove, places) if entry is not None]
-        self._held.pop(holder, None)
-        return gone
-
-    def _check_room(self, holder: Holder, role: str, version: str, service_key: str) -> None:
-        if len(self._held.get(holder, ())) >= MAX_ENTRIES_PER_SESSION:
-            raise Refused(f"one connection registers at most {MAX_ENTRIES_PER_SESSION} services")
-        versions = self._roles.get(role, {})
-        if version not in versions and len(versions) >= MAX_VERSIONS:
-            raise Refused(f"one role has at most {MAX_VERSIONS} versions")
-        if self._entries >= MAX_ENTRIES and service_key not in versions.get(version, ()):
-            raise Refused("the registry is full")
-
-    def _at(self, place: tuple[str, str, str]) -> Entry[Holder] | None:
-        role, version, service_key = place
-        return self._roles.get(role, {}).get(version, {}).get(service_key)
-
-    def _remove(self, place: tuple[str, str, str]) -> Entry[Holder] | None:
-        entry = self._at(place)
-        if entry is None:
-            return None
-        role, version, service_key = place
-        versions = self._roles[role]
-        del versions[version][service_key]
-        if not versions[version]:
-            del versions[version]
-        if not versions:
-            del self._roles[role]
-        del self._held[entry.holder][place]
-        if not self._held[entry.holder]:
-            del self._held[entry.holder]
-        self._entries -= 1
-        return entry
-
-    def _forget(self, waiter: Waiter[Holder]) -> None:
-        place = waiter.holder, waiter.ticket
-        del self._waiters[place]
-        del self._waiting_for[waiter.role][place]
-        if not self._waiting_for[waiter.role]:
-            del self._waiting_for[waiter.role]
-        del self._waiting[waiter.holder][waiter.ticket]
-        if not self._waiting[waiter.holder]:
-            del self._waiting[waiter.holder]
+@dataclass(frozen=True, slots=True)
+class _Commit:
+    """All that waited in the mailbox is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Alarm:
-    """The first waiter's time may be over."""
+    """The first deadline may have come."""
+
+
+@dataclass(frozen=True, slots=True)
+class _List:
+    """What the watches of one role and range are told."""
+
+    items: list[dict[str, Any]]
+    #: There are more than one answer holds, or may be.
+    cut: bool
+    #: Bytes.
+    size: int
 
 
 class TableActor(Actor):
-    """Answers `TableRequest`; the sender is the session that entries and waiters belong to.
+    """Answers `TableRequest`; the sender is the session that entries, waiters and watches belong
+    to, and gets `TableNotice`. Takes `Counted` and `Describe`. The console is told
+    `ServiceRegistered` for every registration and `ServiceGone` for every entry that went.
 
-    Args: none. Context: ``console``, if there is one, gets a `ServiceRegistered` for every
-    registration and a `ServiceGone` for every entry that went.
+    Args: `TableArgs`, or None. A store that cannot be used ends it before it serves.
     """
 
-    def on_start(self, _args: None) -> None:
-        self._observer = self.context.get("console")
-        self._table: Table[ActorAddress] = Table()
+    def on_start(self, args: TableArgs | None) -> None:
+        args = args or TableArgs()
+        self._clock = args.clock
+        self._store = Store(args.path, args.clock)
+        self.own(self._store.close)
+        self._watches: Watches[ActorAddress] = Watches()
+        self._waiters: Waiters[ActorAddress] = Waiters()
+        self._rows: Rows[ActorAddress] = Rows(self._store, self._watches.changed)
+        self._verifier = Verifier()
+        self._counters: Counter[str] = Counter()
         self._monitored: set[ActorAddress] = set()
-        self._alarm_set = False
+        # What is sent once it is durable; True for what says that something was changed.
+        self._outbox: list[tuple[ActorAddress, TableAnswer | TableRefusal, bool]] = []
+        self._news: list[ServiceRegistered | ServiceGone] = []
+        self._commit_sent = False
+        # When renewals, or what could not be written before, have to be written.
+        self._write_at: float | None = None
+        self._alarm: Timer | None = None
+        self._alarm_at = 0.0
+        self._restore()
         self.ready()
+
+    def on_exit(self, reason: ExitReason) -> None:
+        if reason.normal:
+            self._rows.write_renewals()
+            self._commit()
+
+    def _restore(self) -> None:
+        unusable = self._rows.restore(self.now, self._clock())
+        for row in unusable:
+            self.log.warning("row.unusable", service=row.service_key.hex(), role=row.role)
+        if unusable:
+            self._commit()
+        self.log.info("table.restored", entries=len(self._rows))
+        self._set_alarm()
+
+    # Requests
 
     @handles(TableRequest)
     def _request(self, message: TableRequest, sender: ActorAddress) -> None:
@@ -320,126 +157,310 @@ class TableActor(Actor):
         try:
             self._answer(message, sender)
         except Refused as refusal:
-            self.send(sender, TableRefusal(message.ticket, str(refusal)))
+            self._counters[f"refused.{refusal.kind}"] += 1
+            self._reply(sender, TableRefusal(message.ticket, str(refusal)))
+        self._set_alarm()
 
     def _answer(self, request: TableRequest, sender: ActorAddress) -> None:
-        table, key, params = self._table, request.remote_public_key, request.params
-        result: Any = ABSENT
+        params, key = request.params, request.remote_public_key
         match request.method:
             case "register":
-                entry, answered = table.register(sender, params, key)
-                result = {"meta": entry.meta, "ok": True}
-                self._tell(ServiceRegistered(entry.info))
-                for waiter in answered:
-                    self.send(waiter.holder, TableAnswer(waiter.ticket, entry.shape_a))
+                self._register(request, sender)
+            case "lease":
+                self._lease(request, sender)
             case "unregister":
-                gone = table.unregister(sender, params, key)
-                if gone is not None:
-                    self._tell(ServiceGone(gone.info))
+                gone = self._rows.unregister(_service(params), key, self.now, self._clock())
+                self._gone(gone)
+                self._reply(sender, TableAnswer(request.ticket, ABSENT), changes=bool(gone))
             case "query":
-                result = answer(params, table.query(params, key))
+                found = self._rows.query(*_wanted(params), key)
+                self._reply(sender, TableAnswer(request.ticket, answer(params, found)))
+            case "roles":
+                names = self._rows.role_names(_after(params), MAX_ROLES)
+                listed = {"roles": names, "more": len(names) == MAX_ROLES}
+                self._reply(sender, TableAnswer(request.ticket, listed))
             case "waitFor":
-                found = table.wait(sender, request.ticket, params, key, self.now)
-                if found is None:
-                    self._set_alarm()
-                    return
-                result = found.shape_a
+                self._wait(request, sender)
+            case "watch":
+                number = _number(params)
+                role, wanted = _wanted(params)
+                _check_range(wanted)
+                self._watches.add(sender, number, role, wanted, key)
+                watched = self._list(role, wanted)
+                if watched.cut:
+                    watched = self._list(role, wanted, _part(key))
+                self._reply(sender, TableAnswer(request.ticket, {"services": watched.items}))
+            case "unwatch":
+                self._watches.remove(sender, _number(params))
+                self._reply(sender, TableAnswer(request.ticket, {}))
             case _:
                 raise Refused("Unknown method")
-        self.send(sender, TableAnswer(request.ticket, result))
+
+    def _register(self, request: TableRequest, sender: ActorAddress) -> None:
+        service, key = _service(request.params), request.remote_public_key
+        entry = self._rows.register(sender, service, key, self.now)
+        self._counters["registered"] += 1
+        result = {"meta": service.meta, "ok": True}
+        self._reply(sender, TableAnswer(request.ticket, result), changes=True)
+        self._registered(entry)
+
+    def _lease(self, request: TableRequest, sender: ActorAddress) -> None:
+        params = request.params
+        if not isinstance(params, Mapping):
+            raise Refused("needs params: an object with statement and signature")
+        signed = self._verifier.verify(params.get("statement"), params.get("signature"))
+        unix = self._clock()
+        lease.check_time(signed, unix)
+        outcome = self._rows.lease(sender, signed, request.remote_public_key, self.now, unix)
+        self._gone(outcome.gone)
+        if outcome.entry is None:
+            self._counters["withdrawn"] += 1
+        elif outcome.changed:
+            self._counters["leased"] += 1
+            self._registered(outcome.entry)
+        else:
+            self._counters["renewed"] += 1
+            self._write_lazily()
+        ttl = int(signed.ttl) if signed.ttl.is_integer() else signed.ttl
+        changes = outcome.changed or signed.withdrawal
+        self._reply(sender, TableAnswer(request.ticket, {"ttl": ttl}), changes)
+
+    def _wait(self, request: TableRequest, sender: ActorAddress) -> None:
+        role, wanted = _wanted(request.params)
+        found = self._rows.query(role, wanted, request.remote_public_key)
+        if found:
+            self._reply(sender, TableAnswer(request.ticket, found[0].shape_a))
+            return
+        _check_range(wanted)
+        self._waiters.add(sender, request.ticket, role, wanted, self.now)
+
+    def _registered(self, entry: Entry[ActorAddress]) -> None:
+        self._news.append(ServiceRegistered(entry.info))
+        for waiter in self._waiters.take(*entry.place):
+            self._reply(waiter.session, TableAnswer(waiter.ticket, entry.shape_a))
+
+    def _gone(self, entries: Iterable[Entry[ActorAddress]]) -> None:
+        self._news += [ServiceGone(entry.info) for entry in entries]
+
+    # Sessions and deadlines
 
     @handles(Down)
     def _session_died(self, message: Down, _sender: ActorAddress) -> None:
-        self._monitored.discard(message.address)
-        for entry in self._table.drop(message.address):
-            self._tell(ServiceGone(entry.info))
-
-    def _set_alarm(self) -> None:
-        deadline = self._table.deadline()
-        if deadline is not None and not self._alarm_set:
-            self._alarm_set = True
-            self.after(max(0.0, deadline - self.now), _Alarm())
+        session, in_order = message.address, message.reason == NORMAL
+        self._monitored.discard(session)
+        self._waiters.drop(session)
+        self._watches.drop(session)
+        self._gone(self._rows.session_ended(session, in_order, self.now, self._clock()))
+        self._commit_soon()
 
     @handles(_Alarm)
     def _on_alarm(self, _message: _Alarm, _sender: ActorAddress) -> None:
-        self._alarm_set = False
-        for waiter in self._table.expire(self.now):
-            self.send(waiter.holder, TableRefusal(waiter.ticket, WAIT_OVER))
+        self._alarm = None
+        gone = self._rows.expire(self.now, self._clock())
+        self._counters["expired"] += len(gone)
+        self._gone(gone)
+        for waiter in self._waiters.expire(self.now):
+            self._reply(waiter.session, TableRefusal(waiter.ticket, WAIT_OVER))
+        self._commit_soon()
+
+    def _write_lazily(self) -> None:
+        if self._write_at is None:
+            self._write_at = self.now + LAZY
+
+    def _set_alarm(self) -> None:
+        """The one timer, for whatever comes first."""
+        deadlines = (
+            self._rows.deadline(),
+            self._waiters.deadline(),
+            self._watches.deadline(),
+            self._write_at,
+        )
+        first = min((when for when in deadlines if when is not None), default=None)
+        if first is None or (self._alarm is not None and self._alarm_at <= first):
+            return
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_at = first
+        self._alarm = self.after(max(0.0, first - self.now), _Alarm())
+
+    # Answers, once they are true
+
+    def _reply(
+        self, session: ActorAddress, message: TableAnswer | TableRefusal, changes: bool = False
+    ) -> None:
+        """Send it in its turn: no answer overtakes one that waits for the commit."""
+        if not changes and not self._outbox:
+            self.send(session, message)
+            return
+        self._outbox.append((session, message, changes))
+        self._commit_soon()
+
+    def _commit_soon(self) -> None:
+        if not self._commit_sent:
+            self._commit_sent = True
+            self.send(self.myAddress, _Commit())
+
+    @handles(_Commit)
+    def _on_commit(self, _message: _Commit, _sender: ActorAddress) -> None:
+        self._commit_sent = False
+        if self._write_at is not None and self._write_at <= self.now:
+            self._rows.write_renewals(MAX_RENEWALS)
+            left = self._rows.unwritten
+            self._write_at = self.now + RENEWALS_PAUSE if left else None
+        failure = self._commit()
+        outbox, self._outbox = self._outbox, []
+        for session, message, changes in outbox:
+            if changes and failure is not None:
+                message = TableRefusal(message.ticket, failure)
+            self.send(session, message)
+        news, self._news = self._news, []
+        for piece in news:
+            tell(self, piece)
+        self._notify()
         self._set_alarm()
 
-    def _tell(self, event: ServiceRegistered | ServiceGone) -> None:
-        if self._observer is not None:
-            self.send(self._observer, event)
+    def _commit(self) -> str | None:
+        """Write what has changed; why that failed. Then it stays to be written."""
+        try:
+            self._store.commit()
+        except CommitFailed as error:
+            self.log.error("store.failed", error=str(error))
+            self._counters["store.failed"] += 1
+            if self._write_at is None:
+                self._write_at = self.now + LAZY
+            return str(error)
+        return None
+
+    def _notify(self) -> None:
+        for group in self._watches.due(self.now):
+            size = self._tell_group(group)
+            self._watches.told(group, self.now, size)
+
+    def _tell_group(self, group: Group[ActorAddress]) -> int:
+        """Send the group's watches their lists; returns the bytes of one."""
+        shared = self._list(group.role, group.wanted)
+        lists: dict[bytes, _List] = {}
+        for (session, number), key in group.watches.items():
+            mine = shared
+            if shared.cut:
+                part = _part(key)
+                if part not in lists:
+                    lists[part] = self._list(group.role, group.wanted, part)
+                mine = lists[part]
+            self.send(session, TableNotice(number, mine.items))
+        return shared.size
+
+    def _list(self, role: str, wanted: str | None, asker: bytes = b"") -> _List:
+        found = self._rows.query(role, wanted, asker)
+        items = _items(found)
+        cut = len(items) < len(found) or len(found) >= MAX_RESULTS
+        return _List(items, cut, sum(entry.size for entry in found[: len(items)]))
+
+    # Looking in
+
+    @handles(Counted)
+    def _count(self, message: Counted, _sender: ActorAddress) -> None:
+        self._counters[message.name] += 1
+
+    @handles(Describe)
+    def _describe(self, _message: Describe, sender: ActorAddress) -> None:
+        rows, now = self._rows, self.now
+        fields = {
+            "roles": rows.roles,
+            "instances": len(rows),
+            "buried": rows.buried,
+            "waiting": len(self._waiters),
+            "watches": len(self._watches),
+            "counters": dict(sorted(self._counters.items())),
+            "services": [_described(entry, now) for entry in islice(rows, MAX_DESCRIBED)],
+        }
+        self.send(sender, Described(fields))
 
 
-def answer(params: Any, entries: list[Entry[Holder]]) -> list[dict[str, Any]]:
+def answer(params: Any, entries: list[Entry[Any]]) -> list[dict[str, Any]]:
     """The answer to `query`: shape C, or with more in each item where the params ask for
     `details`, which no Node program knows of. What would make the line too long is left out."""
     details = isinstance(params, Mapping) and params.get("details") is True
+    return _items(entries, details)
+
+
+def _after(params: Any) -> str:
+    """Behind which role a list of roles goes on."""
+    after = params.get("after", "") if isinstance(params, Mapping) else ""
+    if not isinstance(after, str):
+        raise Refused("after must be a role, which is a text")
+    return after
+
+
+def _part(key: bytes) -> bytes:
+    """What a watcher shares a list with others by, when there are too many services for one."""
+    return bytes([key[0] & 0xF0])
+
+
+def _items(entries: list[Entry[Any]], details: bool = True) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = []
     size = 0
     for entry in entries:
-        # The description, its role and version once more, and the keys; escapes included.
-        size += 2 * entry.size + 1024
+        size += entry.size
         if size > MAX_ANSWER:
             break
         items.append(entry.details if details else entry.shape_c)
     return items
 
 
-def _service(params: Any) -> tuple[Meta, str]:
-    """The checked description and key that `register` and `unregister` have in their params."""
+def _described(entry: Entry[Any], now: float) -> dict[str, Any]:
+    signed = entry.lease
+    remaining = entry.ends - now
+    return {
+        "role": entry.role,
+        "version": entry.version,
+        "key": entry.service_key.hex(),
+        "verified": signed is not None,
+        "instance": signed.instance if signed is not None else None,
+        "connection": entry.remote_key.hex(),
+        "connected": bool(entry.sessions),
+        "age": round(now - entry.since, 3),
+        "renewed": round(now - entry.renewed, 3),
+        # None for as long as the session lasts.
+        "remaining": round(remaining, 3) if remaining < float("inf") else None,
+    }
+
+
+def _service(params: Any) -> Service:
+    """What `register` and `unregister` have in their params, checked."""
     if not isinstance(params, Mapping):
         raise Refused("needs params: an object with meta and servicePublicKey")
-    meta = _checked(params.get("meta"))
+    meta: Any = params.get("meta")
+    size = check_meta(meta)
     if matching.valid(meta.get("version")) is None:
         raise Refused(BAD_VERSION)
     service_key = params.get("servicePublicKey")
     if not service_key:
         raise Refused(NO_KEY)
     try:
-        return meta, parse_key(service_key if isinstance(service_key, str) else "").hex()
+        return Service(meta, parse_key(service_key if isinstance(service_key, str) else ""), size)
     except InvalidInput as error:
         raise Refused(f"servicePublicKey: {error}") from error
 
 
 def _wanted(params: Any) -> tuple[str, str | None]:
-    """Role and range that `query` and `waitFor` have in their params; None for any version."""
-    meta = _checked(params)
-    wanted = meta.get("version")
+    """Role and range that `query`, `waitFor` and `watch` have in their params; None for any
+    version."""
+    check_meta(params)
+    wanted = params.get("version")
     if wanted is not None and not isinstance(wanted, str):
         raise Refused("the version must be a text")
-    return meta["role"], wanted
+    return params["role"], wanted
 
 
-def _checked(meta: Any) -> Meta:
-    if not isinstance(meta, Mapping):
-        raise Refused("needs a meta object with a role")
-    role = meta.get("role")
-    if not isinstance(role, str) or not role:
-        raise Refused("needs a role, which is a text")
-    if len(role) > MAX_ROLE:
-        raise Refused(f"a role has at most {MAX_ROLE} characters")
-    if _size(meta) > MAX_META:
-        raise Refused(f"a meta object has at most {MAX_META} bytes")
-    return meta
+def _check_range(wanted: str | None) -> None:
+    # What is no range matches nothing, ever: nobody shall wait for that.
+    if wanted is not None and not matching.valid_range(wanted):
+        raise Refused("not a version range")
 
 
-def _size(meta: Meta) -> int:
-    return len(json.dumps(meta))
-
-
-def _place(meta: Meta, service_key: str) -> tuple[str, str, str]:
-    return meta["role"], matching.valid(meta["version"]) or "", service_key
-
-
-def _accepts(wanted: str | None, version: str) -> bool:
-    # A description without a version asks for any, prereleases too (spec: registry 6.4).
-    return wanted is None or matching.satisfies(version, wanted)
-
-
-def _preference(wanted: str | None) -> Any:
-    if wanted is not None:
-        return matching.precedence
-    # Nobody asked for a prerelease: releases come first.
-    return lambda version: ("-" not in version, matching.precedence(version))
+def _number(params: Any) -> int:
+    number = params.get("id") if isinstance(params, Mapping) else None
+    if type(number) is not int or not 0 < number < 2**53:
+        raise Refused("needs params with an id, which is a positive integer")
+    return number

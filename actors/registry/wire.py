@@ -46,6 +46,11 @@ class RpcProtocol(asyncio.Protocol):
         self._reading_paused = False
         self._lost = False
 
+    @property
+    def unwritten(self) -> int:
+        """Bytes that wait for the peer to take what came before them."""
+        return self._channel.get_write_buffer_size()
+
     def start(self) -> None:
         """Take the channel over and begin to read."""
         self._channel.set_protocol(self)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, cast
 
 from hyperseaport.actors.actor import Actor, Address, handles
@@ -14,7 +16,7 @@ from hyperseaport.actors.messages import Accepted
 from hyperseaport.actors.registry import replica
 from hyperseaport.actors.registry.replica import Replica
 from hyperseaport.actors.registry.server import RegistryServer, ServerArgs, Session
-from hyperseaport.actors.registry.table import TableActor
+from hyperseaport.actors.registry.table import TableActor, TableArgs
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.supervisor import Backoff, ChildSpec, Supervisor, SupervisorSpec
 from hyperseaport.testing.channels import MemoryChannel
@@ -48,18 +50,26 @@ class Recorder(Actor):
         self._messages.append(message)
 
 
-def registry_spec(network: MemoryNetwork, news: list[Any], **server: Any) -> SupervisorSpec:
-    """Console, endpoint and the registry's actors, which restart without end."""
+def registry_spec(
+    network: MemoryNetwork,
+    news: list[Any],
+    *,
+    path: Path | None = None,
+    clock: Callable[[], float] = time.time,
+    **server: Any,
+) -> SupervisorSpec:
+    """Console, endpoint and the registry's actors, which restart without end. The clock tells Unix
+    seconds."""
     session = SupervisorSpec(
         "simple_one_for_one", (ChildSpec("session", Session, restart="temporary"),)
     )
-    args = ServerArgs(REGISTRY, replica.log_key(REGISTRY), **server)
+    args = ServerArgs(REGISTRY, replica.log_key(REGISTRY), clock=clock, **server)
     return SupervisorSpec(
         "rest_for_one",
         (
             ChildSpec("console", Recorder, news),
             ChildSpec("endpoint", MemoryEndpoint, network, wait_ready=10.0),
-            ChildSpec("table", TableActor),
+            ChildSpec("table", TableActor, TableArgs(path, clock), wait_ready=10.0),
             ChildSpec("sessions", Supervisor, session),
             ChildSpec("server", RegistryServer, args, wait_ready=10.0),
             ChildSpec("replica", Replica, REGISTRY),
@@ -71,11 +81,12 @@ def registry_spec(network: MemoryNetwork, news: list[Any], **server: Any) -> Sup
 
 @asynccontextmanager
 async def running_registry(
-    network: MemoryNetwork, news: list[Any] | None = None, **server: Any
+    network: MemoryNetwork, news: list[Any] | None = None, **options: Any
 ) -> AsyncIterator[ActorRuntime]:
-    """A registry under `REGISTRY`; its supervisor is ``/registry``."""
+    """A registry under `REGISTRY`; its supervisor is ``/registry``. Options as of
+    `registry_spec`."""
     async with ActorRuntime() as runtime:
-        spec = registry_spec(network, [] if news is None else news, **server)
+        spec = registry_spec(network, [] if news is None else news, **options)
         await runtime.ready(runtime.spawn(Supervisor, spec, name="registry"))
         yield runtime
 
@@ -146,6 +157,12 @@ class Client(asyncio.Protocol):
         if reply["error"]:
             raise RuntimeError(reply["error"])
         return reply.get("result")
+
+    @property
+    def notices(self) -> list[Any]:
+        """Params of the notifications so far."""
+        requests = (json.loads(line) for line in self.lines if line.startswith('{"method"'))
+        return [request["params"] for request in requests]
 
     async def close(self) -> None:
         self.channel.close()

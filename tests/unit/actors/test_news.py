@@ -84,6 +84,19 @@ LINES: list[tuple[Show, object, str | None]] = [
         RegistryListening(KEY),
         f"Registry listening. Connect with pubkey  {KEY.hex()}",
     ),
+    (
+        news.registry,
+        RegistryListening(KEY, anybody_registers=True, anybody_queries=True),
+        f"Registry listening. Connect with pubkey  {KEY.hex()}\n"
+        "whoever knows this key may register and look for services "
+        "(--allow-register, --allow-query KEY: only some)",
+    ),
+    (
+        news.registry,
+        RegistryListening(KEY, anybody_queries=True),
+        f"Registry listening. Connect with pubkey  {KEY.hex()}\n"
+        "whoever knows this key may look for services (--allow-query KEY: only some)",
+    ),
     (news.registry, ServiceRegistered(INFO), f"registered service {INFO_LINES}"),
     (news.registry, ServiceGone(INFO), None),
     (news.registry, EndpointReady(("127.0.0.1", 1), 3), None),
@@ -141,7 +154,7 @@ def test_a_stranger_cannot_drive_the_terminal() -> None:
 
 
 @virtual
-async def test_a_registry_that_nobody_serves_costs_a_line_at_each_attempt_and_no_work() -> None:
+async def test_a_registry_that_nobody_serves_costs_few_lines_and_no_work() -> None:
     network = MemoryNetwork(connect_delay=0.5)
     said: list[str] = []
     loop: Any = asyncio.get_running_loop()
@@ -166,16 +179,18 @@ async def test_a_registry_that_nobody_serves_costs_a_line_at_each_attempt_and_no
             re.fullmatch(rf"waiting for registry {key} \((\d+) s\)", line) for line in said[1:]
         ]
         times = [int(match[1]) for match in waits if match]
-        assert len(times) == len(said) - 1 == network.attempts
+        assert len(times) == len(said) - 1
+        assert network.attempts > 1000
+        # The longer it is away, the rarer the lines.
+        assert len(times) < 25
         assert times == sorted(times)
         gaps = [after - before for before, after in pairwise(times)]
-        assert max(gaps) <= 16
-        assert min(gaps[10:]) >= 7
+        assert all(later >= before for before, later in pairwise(gaps[2:]))
         loop._run_once = counting
         await asyncio.sleep(60)
         loop._run_once = run_once
-        # Eight attempts at most, each of them a few messages.
-        assert turns < 100
+        # Some thirty attempts, each of them a few messages.
+        assert turns < 400
 
         async with running_registry(network):
             await asyncio.sleep(20)

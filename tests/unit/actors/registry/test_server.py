@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 from support.endpoint import MemoryNetwork
-from support.registry import REGISTRY, Client, running_registry, virtual
+from support.registry import REGISTRY, Client, registry_spec, running_registry, virtual
+from support.rows import EPOCH, INSTANCE
 from vectors import load
 
-from hyperseaport.actors.messages import RegistryListening, ServiceGone, ServiceRegistered
-from hyperseaport.actors.registry import replica, roles, server
+from hyperseaport.actors.messages import (
+    Describe,
+    RegistryListening,
+    ServiceGone,
+    ServiceRegistered,
+)
+from hyperseaport.actors.registry import lease, replica, roles, server
+from hyperseaport.actors.registry.rows import GRACE, MAX_ENTRIES_PER_SESSION, RESTART_GRACE
+from hyperseaport.actors.system import ActorRuntime
+from hyperseaport.supervisor import Supervisor
 from hyperseaport.transport.keys import KeyPair
 
 KEY_A, KEY_B, KEY_C = (letter * 64 for letter in "abc")
@@ -214,6 +223,10 @@ async def test_a_dead_connection_takes_its_entries_and_the_newest_left_is_found(
             two.channel.peer.fail(TimeoutError("nothing heard"))
         else:
             getattr(two.channel, how)()
+        if how != "close":  # it broke, and may come back
+            await asyncio.sleep(GRACE - 0.1)
+            assert await found("a@3.x") == [KEY_B, KEY_A]
+            await asyncio.sleep(0.2)
         await asyncio.sleep(0.01)
         assert await found("a@3.x") == [KEY_A]
         assert await found("b") == []
@@ -270,7 +283,9 @@ async def test_news_for_the_console() -> None:
             "meta": roles.parse("a@1.0.0"),
         }
         assert news == [
-            RegistryListening(REGISTRY.public_key),
+            RegistryListening(
+                REGISTRY.public_key, anybody_registers=True, anybody_queries=True
+            ),
             ServiceRegistered(info),
             ServiceGone(info),
         ]
@@ -370,6 +385,239 @@ async def test_connections_beyond_the_limit_are_refused(monkeypatch: Any) -> Non
         assert await fourth.ask("query", roles.parse("a")) == []
 
 
+# Our own programs
+
+
+KEYS = KeyPair.from_seed(b"\x01" * 32)
+
+
+def clock() -> float:
+    """Unix seconds of a registry whose loop began at the epoch of the tests."""
+    return EPOCH + asyncio.get_running_loop().time()
+
+
+def leased(role: Any, sequence: int, *, keys: KeyPair = KEYS, ttl: float = 30.0) -> Any:
+    made = lease.sign(
+        keys,
+        roles.parse(role),
+        instance=INSTANCE,
+        sequence=sequence,
+        issued=int(clock() * 1000),
+        ttl=ttl,
+    )
+    return {"statement": made.text, "signature": made.signature.hex()}
+
+
+@virtual
+async def test_hello_and_ping() -> None:
+    network = MemoryNetwork()
+    async with running_registry(network, clock=clock):
+        client = await Client(network).connect()
+        await asyncio.sleep(5)
+        assert await client.ask("hello", {"version": 1}) == {
+            "version": 1,
+            "features": ["lease", "roles", "watch"],
+            "time": int(clock() * 1000),
+        }
+        assert await client.say('{"method":"ping","params":{},"id":9}\n') == (
+            '{"result":{},"error":null,"id":9}\n'
+        )
+
+
+@virtual
+async def test_roles_are_listed_in_pieces() -> None:
+    network = MemoryNetwork()
+    async with running_registry(network):
+        client = await Client(network).connect()
+        assert await client.ask("roles", {}) == {"roles": [], "more": False}
+        names = [f"role-{number:03}" for number in range(130)]
+        for name in reversed(names):
+            await client.ask("register", service(f"{name}@1.0.0"))
+        first = await client.ask("roles", {})
+        assert first == {"roles": names[:100], "more": True}
+        rest = await client.ask("roles", {"after": first["roles"][-1]})
+        assert rest == {"roles": names[100:], "more": False}
+        with pytest.raises(RuntimeError, match="after must be a role"):
+            await client.ask("roles", {"after": 1})
+
+
+@virtual
+async def test_leases_over_the_wire() -> None:
+    network = MemoryNetwork()
+    news: list[Any] = []
+    async with running_registry(network, news, clock=clock):
+        carrier, node = await Client(network).connect(), await Client(network).connect()
+        assert await carrier.ask("lease", leased("a@1.0.0", 1)) == {"ttl": 30}
+        (item,) = await node.ask("query", roles.parse("a@1.x"))
+        key = KEYS.public_key.hex()
+        assert item == {
+            "servicePublicKey": key,
+            "role": "a",
+            "version": "1.0.0",
+            "prerelease": [],
+        }
+        found = await node.ask("waitFor", roles.parse("a@1.x"))
+        assert found["info"] == {
+            "id": key,
+            "remotePublicKey": carrier.key_pair.public_key.hex(),
+            "meta": roles.parse("a@1.0.0"),
+        }
+        with pytest.raises(RuntimeError, match="only its own key"):
+            await node.ask("register", service("a@1.0.0", key))
+        with pytest.raises(RuntimeError, match="stale sequence"):
+            await node.ask("lease", leased("a@1.0.0", 1))
+        assert await node.ask("lease", leased("a@1.0.0", 2, ttl=0)) == {"ttl": 0}
+        assert await node.ask("query", roles.parse("a@1.x")) == []
+        await asyncio.sleep(0.01)
+        assert [type(piece) for piece in news[1:]] == [ServiceRegistered, ServiceGone]
+
+
+@virtual
+async def test_watching_over_the_wire() -> None:
+    network = MemoryNetwork()
+    async with running_registry(network, clock=clock):
+        one, two = await Client(network).connect(), await Client(network).connect()
+        watch = roles.parse("a@1.x") | {"id": 3}
+        assert await one.ask("watch", watch) == {"services": []}
+        sent = leased("a@1.0.0", 1)
+        await two.ask("lease", sent)
+        await one.until(lambda: len(one.notices) == 1)
+        assert one.lines[-1].endswith(',"id":0}\n')
+        assert json.loads(one.lines[-1])["method"] == "services"
+        (item,) = one.notices[0]["services"]
+        assert one.notices[0]["id"] == 3
+        assert (item["verified"], item["statement"]) == (True, sent["statement"])
+        assert item["meta"] == roles.parse("a@1.0.0")
+        await asyncio.sleep(1)
+        await two.close()
+        await one.until(lambda: len(one.notices) == 2)
+        assert one.notices[1] == {"id": 3, "services": []}
+        assert await one.ask("unwatch", {"id": 3}) == {}
+
+
+@virtual
+async def test_a_subscriber_that_is_too_slow_is_dropped() -> None:
+    network = MemoryNetwork()
+    async with running_registry(network, clock=clock) as runtime:
+        slow, quick = await Client(network).connect(), await Client(network).connect()
+        holder = await Client(network).connect()
+        for client in (slow, quick):
+            await client.ask("watch", {"id": 1, "role": "a"})
+        slow.channel.pause_reading()
+        meta = roles.parse("a@1.0.0") | {"metadata": "x" * 60_000}
+        changes = 0
+        while not slow.lost:
+            changes += 1
+            meta = meta | {"round": changes}
+            await holder.ask("register", {"meta": meta, "servicePublicKey": KEY_A})
+            await asyncio.sleep(0.1)
+            assert slow.channel.peer.get_write_buffer_size() < server.MAX_UNWRITTEN + 70_000
+            assert changes < 20
+        assert changes > 4
+        assert not quick.lost
+        assert len(quick.notices) == changes
+        table = runtime.find("/registry/table")
+        assert table is not None
+        fields = (await runtime.call(table, Describe())).fields
+        assert fields["counters"]["dropped.slow"] == 1
+        assert fields["watches"] == 1
+
+
+@virtual
+async def test_who_may_register_and_who_may_ask() -> None:
+    network = MemoryNetwork()
+    friend = KeyPair.from_seed(b"\x09" * 32)
+    allowed = frozenset({friend.public_key, KEYS.public_key})
+    options: dict[str, Any] = {
+        "allow_register": allowed,
+        "allow_query": frozenset({friend.public_key}),
+    }
+    async with running_registry(network, clock=clock, **options) as runtime:
+        known, stranger = await Client(network, friend).connect(), await Client(network).connect()
+        with pytest.raises(RuntimeError, match="may register services"):
+            await stranger.ask("register", service("a@1.0.0"))
+        other = KeyPair.from_seed(b"\x02" * 32)
+        with pytest.raises(RuntimeError, match="may register services"):
+            await stranger.ask("lease", leased("a@1.0.0", 1, keys=other))
+        with pytest.raises(RuntimeError, match="128 hexadecimal digits"):
+            await stranger.ask("lease", leased("a@1.0.0", 1) | {"signature": 1})
+        forged = leased("a@1.0.0", 1) | {"signature": "00" * 64}
+        with pytest.raises(RuntimeError, match="not signed by"):
+            await stranger.ask("lease", forged)
+        assert await stranger.ask("lease", leased("a@1.0.0", 1)) == {"ttl": 30}
+        for method in ("query", "waitFor", "watch"):
+            with pytest.raises(RuntimeError, match="may look for services"):
+                await stranger.ask(method, roles.parse("a") | {"id": 1})
+        await known.ask("register", service("a@1.1.0"))
+        assert len(await known.ask("query", roles.parse("a"))) == 2
+        assert (await stranger.ask("hello", {}))["version"] == 1
+        table, listener = runtime.find("/registry/table"), runtime.find("/registry/server")
+        assert table is not None
+        assert listener is not None
+        counters = (await runtime.call(table, Describe())).fields["counters"]
+        assert counters["refused.policy"] == 5
+        assert counters["refused.malformed"] == counters["refused.forged"] == 1
+        assert (await runtime.call(listener, Describe())).fields == {
+            "public_key": REGISTRY.public_key.hex(),
+            "sessions": 2,
+            "allowed": {"connect": None, "register": 2, "query": 1},
+            "counters": {"accepted": 2},
+        }
+
+
+@virtual
+async def test_a_session_is_told_that_it_has_reached_its_limit() -> None:
+    network = MemoryNetwork()
+    async with running_registry(network, clock=clock):
+        client = await Client(network).connect()
+        for number in range(MAX_ENTRIES_PER_SESSION):
+            await client.ask("register", service(f"r{number}@1.0.0"))
+        with pytest.raises(RuntimeError, match="registers at most 1000 services"):
+            await client.ask("register", service("more@1.0.0"))
+        with pytest.raises(RuntimeError, match="registers at most 1000 services"):
+            await client.ask("lease", leased("more@1.0.0", 1))
+        await client.ask("unregister", service("r7@1.0.0"))
+        assert await client.ask("lease", leased("more@1.0.0", 1)) == {"ttl": 30}
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+@virtual
+async def test_a_registry_with_a_store_knows_its_services_after_a_restart(
+    tmp_path: Any, how: Any
+) -> None:
+    network = MemoryNetwork()
+    options: dict[str, Any] = {"clock": clock, "path": tmp_path / "table"}
+    async with running_registry(network, **options) as runtime:
+        client = await Client(network).connect()
+        await client.ask("register", service("a@1.0.0"))
+        await client.ask("lease", leased("a@2.0.0", 5))
+        if how == "killed":
+            runtime.kill("/registry")
+    async with running_registry(network, **options):
+        client = await Client(network).connect()
+        assert len(await client.ask("query", roles.parse("a"))) == 2
+        with pytest.raises(RuntimeError, match="stale sequence, the last was 5"):
+            await client.ask("lease", leased("a@2.0.0", 5))
+        await client.ask("lease", leased("a@2.0.0", 6))
+        await asyncio.sleep(RESTART_GRACE - 1)
+        await client.ask("lease", leased("a@2.0.0", 7))
+        await asyncio.sleep(1.1)
+        (item,) = await client.ask("query", roles.parse("a"))
+        assert item["version"] == "2.0.0"
+
+
+@virtual
+async def test_a_registry_whose_store_cannot_be_used_ends_with_its_reason(tmp_path: Any) -> None:
+    path = tmp_path / "table"
+    path.write_text("no database, and longer than the header of one: " + "x" * 100)
+    async with ActorRuntime() as runtime:
+        spec = registry_spec(MemoryNetwork(), [], path=path)
+        root = runtime.spawn(Supervisor, spec, name="registry")
+        reason = await asyncio.wait_for(runtime.stopped(root), 5)
+        assert "is no SQLite database: choose another file" in reason.text
+    assert path.read_text().startswith("no database")
+
+
 # Deaths inside
 
 
@@ -382,16 +630,17 @@ async def test_it_heals_when_an_actor_is_killed(actor: Any) -> None:
         await before.ask("register", service("a@1.0.0"))
         runtime.kill(f"/registry/{actor}")
         await asyncio.sleep(1)
-        survives = actor in {"server", "replica"}
-        assert (before.lost or before.ended) is not survives
+        assert (before.lost or before.ended) is not (actor in {"server", "replica"})
         after = await Client(network).connect()
-        assert len(await after.ask("query", roles.parse("a"))) == survives
+        # The table keeps for a while what a broken session has registered.
+        known = actor in {"server", "replica", "sessions"}
+        assert len(await after.ask("query", roles.parse("a"))) == known
         await after.ask("register", service("a@1.0.0"))
         assert len(await after.ask("query", roles.parse("a"))) == 1
 
 
 @virtual
-async def test_a_killed_session_takes_its_connection_and_entries_with_it() -> None:
+async def test_a_killed_session_takes_its_connection_and_after_a_while_its_entries() -> None:
     network = MemoryNetwork()
     async with running_registry(network) as runtime:
         one, two = await Client(network).connect(), await Client(network).connect()
@@ -400,6 +649,8 @@ async def test_a_killed_session_takes_its_connection_and_entries_with_it() -> No
         await asyncio.sleep(0.01)
         assert one.lost
         assert not two.lost
+        assert len(await two.ask("query", roles.parse("a"))) == 1
+        await asyncio.sleep(GRACE)
         assert await two.ask("query", roles.parse("a")) == []
 
 

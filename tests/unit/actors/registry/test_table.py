@@ -1,388 +1,662 @@
 from __future__ import annotations
 
-import random
+import asyncio
+import json
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from vectors import load
+from support.registry import virtual
+from support.rows import EPOCH, INSTANCE, Table
 
-from hyperseaport.actors.registry import matching, roles, table
-from hyperseaport.actors.registry.table import Refused, Table
-from hyperseaport.transport.rpc import MAX_LINE, RpcPeer, RpcRequest
+from hyperseaport.actors.actor import Actor, ExitReason, handles
+from hyperseaport.actors.messages import (
+    Describe,
+    ServiceGone,
+    ServiceRegistered,
+    TableAnswer,
+    TableRefusal,
+    TableRequest,
+)
+from hyperseaport.actors.registry import lease, roles, rows, table
+from hyperseaport.actors.registry.store import CommitFailed, Store
+from hyperseaport.actors.registry.table import Counted, TableActor, TableArgs, TableNotice
+from hyperseaport.actors.system import ActorRuntime
+from hyperseaport.transport.errors import LocalError
+from hyperseaport.transport.keys import KeyPair
+from hyperseaport.transport.rpc import ABSENT, MAX_LINE, RpcPeer, RpcRequest
 
-KEY_A, KEY_B, KEY_C = (letter * 64 for letter in "abc")
+KEY_A, KEY_B = (letter * 64 for letter in "ab")
 #: Keys of connections.
-ONE, TWO, THREE = (bytes([number]) * 32 for number in (1, 2, 3))
+ONE, TWO = (bytes([number]) * 32 for number in (1, 2))
+KEYS = KeyPair.from_seed(b"\x01" * 32)
+OTHER = KeyPair.from_seed(b"\x02" * 32)
+
+BROKEN = ExitReason("broken", normal=True)
+
+
+class Session(Actor):
+    """Sends what it is told to send, and keeps what comes. Args: the table, and a list."""
+
+    def on_start(self, args: Any) -> None:
+        self._table, self._got = args
+
+    @handles(TableRequest)
+    def _ask(self, message: TableRequest, _sender: object) -> None:
+        self.send(self._table, message)
+
+    @handles(TableAnswer, TableRefusal, TableNotice)
+    def _keep(self, message: object, _sender: object) -> None:
+        self._got.append(message)
+
+
+class Observer(Actor):
+    def on_start(self, args: list[Any]) -> None:
+        self._news = args
+
+    @handles(object)
+    def _keep(self, message: object, _sender: object) -> None:
+        self._news.append(message)
+
+
+class Asker:
+    """A session of the table, as a test sees it."""
+
+    def __init__(self, stage: Stage, key: bytes) -> None:
+        self.got: list[Any] = []
+        self.key = key
+        self._stage = stage
+        self._tickets = 0
+        self.actor = stage.runtime.spawn(Session, (stage.table, self.got))
+
+    def say(self, method: str, params: Any = ABSENT) -> int:
+        self._tickets += 1
+        request = TableRequest(self._tickets, method, params, self.key)
+        self._stage.runtime.system.tell(self.actor, request)
+        return self._tickets
+
+    async def ask(self, method: str, params: Any = ABSENT) -> Any:
+        """The result. Raises RuntimeError with the refusal's text."""
+        ticket = self.say(method, params)
+        await asyncio.sleep(0.001)
+        (answer,) = [one for one in self.got if getattr(one, "ticket", None) == ticket]
+        if isinstance(answer, TableRefusal):
+            raise RuntimeError(answer.text)
+        return answer.result
+
+    @property
+    def notices(self) -> list[TableNotice]:
+        return [one for one in self.got if isinstance(one, TableNotice)]
+
+    async def end(self, reason: ExitReason | None = None) -> None:
+        """In order, unless there is a reason."""
+        if reason is None:
+            self._stage.runtime.kill(self.actor, ExitReason("normal", normal=True))
+        else:
+            self._stage.runtime.kill(self.actor, reason)
+        await asyncio.sleep(0.001)
+
+
+class Stage:
+    """A table among sessions."""
+
+    def __init__(self, runtime: ActorRuntime, path: Path | None) -> None:
+        self.runtime = runtime
+        self.news: list[Any] = []
+        observer = runtime.spawn(Observer, self.news)
+        args = TableArgs(path, self.unix)
+        self.table = runtime.spawn(TableActor, args, "table", {"console": observer})
+
+    @staticmethod
+    def unix() -> float:
+        return EPOCH + asyncio.get_running_loop().time()
+
+    def session(self, key: bytes = ONE) -> Asker:
+        return Asker(self, key)
+
+    async def described(self) -> Any:
+        return (await self.runtime.call(self.table, Describe())).fields
+
+    async def counter(self, name: str) -> int:
+        return int((await self.described())["counters"].get(name, 0))
+
+
+@asynccontextmanager
+async def running_table(path: Path | None = None) -> AsyncIterator[Stage]:
+    async with ActorRuntime() as runtime:
+        stage = Stage(runtime, path)
+        await runtime.ready(stage.table)
+        yield stage
 
 
 def params(role: Any, key: Any = KEY_A) -> Any:
     return {"meta": roles.parse(role), "servicePublicKey": key}
 
 
-def register(entries: Any, holder: Any, role: Any, key: Any = KEY_A, remote: Any = ONE) -> Any:
-    return entries.register(holder, params(role, key), remote)
+def statement(
+    role: Any, sequence: int, *, keys: KeyPair = KEYS, ttl: float = 30.0, issued: float = 0.0
+) -> Any:
+    """Params of `lease`; issued so many seconds after the epoch of the test's clock."""
+    made = lease.sign(
+        keys,
+        roles.parse(role),
+        instance=INSTANCE,
+        sequence=sequence,
+        issued=int((EPOCH + issued) * 1000),
+        ttl=ttl,
+    )
+    return {"statement": made.text, "signature": made.signature.hex()}
 
 
-def versions(entries: Any, role: Any, asker: Any = THREE) -> Any:
-    return [entry.version for entry in entries.query(roles.parse(role), asker)]
+# What Node clients send
 
 
-def keys(entries: Any, role: Any, asker: Any = THREE) -> Any:
-    return [entry.service_key for entry in entries.query(roles.parse(role), asker)]
+@virtual
+async def test_answers_to_node_clients() -> None:
+    async with running_table() as stage:
+        service, proxy = stage.session(), stage.session(TWO)
+        meta = roles.parse("a@1.0.0")
+        assert await service.ask("register", params("a@1.0.0")) == {"meta": meta, "ok": True}
+        info = {"id": KEY_A, "remotePublicKey": ONE.hex(), "meta": meta}
+        assert await proxy.ask("waitFor", roles.parse("a@1.x")) == {"meta": meta, "info": info}
+        (item,) = await proxy.ask("query", roles.parse("a@1.x"))
+        shape_c = {"servicePublicKey": KEY_A, "role": "a", "version": "1.0.0", "prerelease": []}
+        assert item == shape_c
+        (item,) = await proxy.ask("query", roles.parse("a@1.x") | {"details": True})
+        assert item == shape_c | {"remotePublicKey": ONE.hex(), "meta": meta}
+        with pytest.raises(RuntimeError, match="another connection"):
+            await proxy.ask("unregister", params("a@1.0.0"))
+        assert await service.ask("unregister", params("a@1.0.0")) is ABSENT
+        assert await service.ask("unregister", params("a@1.0.0")) is ABSENT
+        assert await proxy.ask("query", roles.parse("a")) == []
+        assert stage.news == [ServiceRegistered(info), ServiceGone(info)]
+        with pytest.raises(RuntimeError, match="Unknown method"):
+            await proxy.ask("nosuch")
 
 
-def test_shapes_are_those_that_the_node_programs_expect() -> None:
-    entries = Table[Any]()
-    entry, _ = register(entries, "s", "couchdb@3.2.2-beta.1")
-    meta = roles.parse("couchdb@3.2.2-beta.1")
-    info = {"id": KEY_A, "remotePublicKey": ONE.hex(), "meta": meta}
-    assert entry.info == info
-    assert entry.shape_a == {"meta": meta, "info": info}
-    assert entry.shape_c == {
-        "servicePublicKey": KEY_A,
-        "role": "couchdb",
-        "version": "3.2.2-beta.1",
-        "prerelease": ["beta", 1],
-    }
-    assert list(entry.shape_a["meta"]) == ["role", "version", "_tags", "tags", "hash"]
+BAD_META: list[tuple[Any, str]] = [
+    (None, "needs params"),
+    ([], "needs params"),
+    ("text", "needs params"),
+    ({}, "needs a meta object"),
+    ({"meta": [1]}, "needs a meta object"),
+    ({"meta": {}}, "needs a role"),
+    ({"meta": {"role": 5, "version": "1.0.0"}}, "needs a role"),
+    ({"meta": {"role": "", "version": "1.0.0"}}, "needs a role"),
+    ({"meta": {"role": "x" * 1025, "version": "1.0.0"}}, "at most 1024"),
+    ({"meta": {"role": "a", "version": "1.0.0", "more": "x" * 66_000}}, "at most 65536"),
+    ({"meta": {"role": "a"}, "servicePublicKey": KEY_A}, "^needs to be valid semver$"),
+    ({"meta": {"role": "a", "version": 1}, "servicePublicKey": KEY_A}, "valid semver"),
+    ({"meta": {"role": "a", "version": "1.x"}, "servicePublicKey": KEY_A}, "valid semver"),
+    ({"meta": {"role": "a", "version": "1.0.0"}}, "^info needs an id property$"),
+    ({"meta": {"role": "a", "version": "1.0.0"}, "servicePublicKey": "any text"}, "64 hex"),
+    ({"meta": {"role": "a", "version": "1.0.0"}, "servicePublicKey": "g" * 64}, "hexadecimal"),
+    ({"meta": {"role": "a", "version": "1.0.0"}, "servicePublicKey": [1]}, "64 hex"),
+]
 
 
-def test_highest_version_first() -> None:
-    entries = Table[Any]()
-    for number, version in enumerate(["3.9.1", "3.10.0", "2.0.0", "3.11.0-rc.1", "4.0.0"]):
-        register(entries, "s", f"a@{version}", f"{number:064x}")
-    assert versions(entries, "a@3.x") == ["3.10.0", "3.9.1"]
-    assert versions(entries, "a@*") == ["4.0.0", "3.10.0", "3.9.1", "2.0.0"]
-    assert versions(entries, "a@>=3.11.0-0 <4") == ["3.11.0-rc.1"]
-    assert versions(entries, "a") == ["4.0.0", "3.10.0", "3.9.1", "2.0.0", "3.11.0-rc.1"]
-    assert versions(entries, "b") == []
+@virtual
+async def test_refused_registrations() -> None:
+    async with running_table() as stage:
+        session = stage.session()
+        for method in ("register", "unregister"):
+            for bad, says in BAD_META:
+                with pytest.raises(RuntimeError, match=says):
+                    await session.ask(method, bad)
+        described = await stage.described()
+        assert described["instances"] == 0
+        assert described["counters"] == {
+            "refused.malformed": 2 * len(BAD_META) - 4,
+            "refused.oversized": 4,
+        }
 
 
-@pytest.mark.parametrize("case", load("rpc")["v1_selection"][:6], ids=lambda case: case["case"])
-def test_selections_of_the_1x_registry_where_it_was_right(case: Any) -> None:
-    # "3.10.0:b" is version and key; what 1.x found is found, and often more (spec 6.6).
-    text, result = case["case"], case["result"]
-    registered = text.partition(":")[0].partition(",")[0].replace(" registered", "").split(" and ")
-    entries = Table[Any]()
-    for key, version in zip("ab", registered, strict=False):
-        register(entries, key, f"r@{version}", key * 64)
-    if "leaves" in text:
-        entries.drop("b")
-        assert versions(entries, "r@3.x") == ["3.9.1"]
-        return
-    wanted = text.rpartition(": ")[2].split(" / ") if ": " in text else ["2.x"]
-    for range_, expected in zip(
-        wanted, result if isinstance(result, list) else [result], strict=False
-    ):
-        found = entries.query(roles.parse(f"r@{range_}"), THREE)
-        if expected is not None and matching.satisfies(expected.split(":")[0], range_):
-            assert f"{found[0].version}:{found[0].service_key[0]}" == expected
+@virtual
+async def test_refused_questions() -> None:
+    async with running_table() as stage:
+        session = stage.session()
+        bads: list[Any] = [None, [], "a", {}, {"role": 1}, {"role": "a", "version": 3}]
+        for bad in bads:
+            for method in ("query", "waitFor", "watch"):
+                with pytest.raises(RuntimeError):
+                    await session.ask(method, bad if method != "watch" else {"id": 1, "x": bad})
+        for method in ("waitFor", "watch"):
+            with pytest.raises(RuntimeError, match="not a version range"):
+                await session.ask(method, roles.parse("a@latest") | {"id": 1})
+        assert await session.ask("query", roles.parse("a@latest")) == []
+        assert (await stage.described())["watches"] == 0
 
 
-def test_duplicates_of_one_connection_count_once() -> None:
-    entries = Table[Any]()
-    for role in ("a@1.0.0", "a@v1.0.0", "a@1.0.0+build"):
-        register(entries, "s", role)
-    assert len(entries) == 1
-    assert versions(entries, "a@1.x") == ["1.0.0+build"]
-    assert entries.drop("s")
-    assert len(entries) == 0
-
-
-def test_the_same_service_from_a_new_connection_replaces_the_old_entry() -> None:
-    entries = Table[Any]()
-    register(entries, "old", "a@1.0.0", remote=ONE)
-    register(entries, "new", "a@1.0.0", remote=TWO)
-    assert [entry.remote_key for entry in entries] == [TWO.hex()]
-    assert entries.drop("old") == []
-    assert len(entries) == 1
-    assert len(entries.drop("new")) == 1
-
-
-def test_a_dead_session_takes_its_entries_and_only_those() -> None:
-    entries = Table[Any]()
-    register(entries, "s1", "a@1.0.0", KEY_A)
-    register(entries, "s1", "b@1.0.0", KEY_A)
-    register(entries, "s1", "a@1.2.0", KEY_A)
-    register(entries, "s2", "a@1.1.0", KEY_B)
-    register(entries, "s2", "a@1.2.0", KEY_C)
-    assert {entry.role for entry in entries.drop("s1")} == {"a", "b"}
-    assert keys(entries, "a") == [KEY_C, KEY_B]
-    assert keys(entries, "b") == []
-    assert entries.drop("s1") == []
-    entries.drop("s2")
-    assert list(entries) == []
-
-
-def test_the_newest_that_remains_is_found() -> None:
-    entries = Table[Any]()
-    register(entries, "s1", "a@3.9.1", KEY_A)
-    register(entries, "s2", "a@3.10.0", KEY_B)
-    assert keys(entries, "a@3.x")[0] == KEY_B
-    entries.drop("s2")
-    assert keys(entries, "a@3.x") == [KEY_A]
-
-
-def test_equals_are_spread_over_askers_and_stable_for_each() -> None:
-    entries = Table[Any]()
-    all_keys = [f"{number:064x}" for number in range(4)]
-    for number, key in enumerate(all_keys):
-        register(entries, number, "a@1.0.0", key)
-    rng = random.Random(1)
-    askers = [rng.randbytes(32) for _ in range(400)]
-    first = [keys(entries, "a@1.x", asker)[0] for asker in askers]
-    assert first == [keys(entries, "a@1.x", asker)[0] for asker in askers]
-    assert min(first.count(key) for key in all_keys) > 60
-
-
-def test_unregister() -> None:
-    entries = Table[Any]()
-    register(entries, "s1", "a@1.0.0", KEY_A, ONE)
-    assert entries.unregister("s1", params("a@2.0.0"), ONE) is None
-    assert entries.unregister("s1", params("a@1.0.0", KEY_B), ONE) is None
-    assert entries.unregister("s1", params("b@1.0.0"), ONE) is None
-    with pytest.raises(Refused, match="another connection"):
-        entries.unregister("s2", params("a@1.0.0"), TWO)
-    assert len(entries) == 1
-    gone = entries.unregister("s1", params("a@1.0.0"), ONE)
-    assert gone is not None
-    assert gone.service_key == KEY_A
-    assert len(entries) == 0
-
-
-def test_the_owner_of_the_key_unregisters_from_any_connection() -> None:
-    entries = Table[Any]()
-    register(entries, "s1", "a@1.0.0", TWO.hex(), ONE)
-    assert entries.unregister("s2", params("a@1.0.0", TWO.hex()), TWO) is not None
-    assert len(entries) == 0
-
-
-def test_wait_finds_at_once_what_is_there() -> None:
-    entries = Table[Any]()
-    register(entries, "s1", "a@3.2.2")
-    found = entries.wait("w", 1, roles.parse("a@^3.0.0"), TWO, now=0.0)
-    assert found is not None
-    assert found.version == "3.2.2"
-    assert entries.waiters == 0
-
-
-def test_a_registration_answers_all_waiters_that_it_matches_and_no_other() -> None:
-    entries = Table[Any]()
-    for ticket, role in enumerate(["a@^1.0.0", "a", "a@1.x", "a@2.x", "b@1.x"]):
-        assert entries.wait("w", ticket, roles.parse(role), TWO, now=0.0) is None
-    _, answered = register(entries, "s1", "a@1.4.0")
-    assert [waiter.ticket for waiter in answered] == [0, 1, 2]
-    assert entries.waiters == 2
-    _, answered = register(entries, "s1", "a@1.4.1")
-    assert answered == []
-
-
-def test_waiters_expire_in_order() -> None:
-    entries = Table[Any]()
-    assert entries.deadline() is None
-    entries.wait("w", 1, roles.parse("a"), TWO, now=10.0)
-    entries.wait("w", 2, roles.parse("b"), TWO, now=12.0)
-    assert entries.deadline() == 25.0
-    assert entries.expire(24.9) == []
-    assert [waiter.ticket for waiter in entries.expire(25.0)] == [1]
-    assert entries.deadline() == 27.0
-    assert [waiter.ticket for waiter in entries.expire(100.0)] == [2]
-    assert entries.deadline() is None
-
-
-def test_waiters_of_a_dead_session_are_forgotten() -> None:
-    entries = Table[Any]()
-    entries.wait("w1", 1, roles.parse("a"), TWO, now=0.0)
-    entries.wait("w2", 1, roles.parse("a"), TWO, now=0.0)
-    assert entries.drop("w1") == []
-    assert entries.waiters == 1
-    _, answered = register(entries, "s", "a@1.0.0")
-    assert [waiter.holder for waiter in answered] == ["w2"]
-
-
-@pytest.mark.parametrize(
-    ("bad", "says"),
-    [
-        (None, "needs params"),
-        ([], "needs params"),
-        ("text", "needs params"),
-        ({}, "needs a meta object"),
-        ({"meta": [1]}, "needs a meta object"),
-        ({"meta": {}}, "needs a role"),
-        ({"meta": {"role": 5, "version": "1.0.0"}}, "needs a role"),
-        ({"meta": {"role": "", "version": "1.0.0"}}, "needs a role"),
-        ({"meta": {"role": "x" * 1025, "version": "1.0.0"}}, "at most 1024"),
-        ({"meta": {"role": "a", "version": "1.0.0", "more": "x" * 17000}}, "at most 16384"),
-        ({"meta": {"role": "a"}, "servicePublicKey": KEY_A}, "^needs to be valid semver$"),
-        ({"meta": {"role": "a", "version": 1}, "servicePublicKey": KEY_A}, "valid semver"),
-        ({"meta": {"role": "a", "version": "1.x"}, "servicePublicKey": KEY_A}, "valid semver"),
-        ({"meta": {"role": "a", "version": "1.0.0"}}, "^info needs an id property$"),
-        ({"meta": {"role": "a", "version": "1.0.0"}, "servicePublicKey": "any text"}, "64 hex"),
-        ({"meta": {"role": "a", "version": "1.0.0"}, "servicePublicKey": "g" * 64}, "hexadecimal"),
-        ({"meta": {"role": "a", "version": "1.0.0"}, "servicePublicKey": [1]}, "64 hex"),
-    ],
-)
-def test_refused_registrations(bad: Any, says: Any) -> None:
-    entries = Table[Any]()
-    with pytest.raises(Refused, match=says):
-        entries.register("s", bad, ONE)
-    with pytest.raises(Refused, match=says):
-        entries.unregister("s", bad, ONE)
-    assert len(entries) == 0
-
-
-@pytest.mark.parametrize("bad", [None, [], "a", {}, {"role": 1}, {"role": "a", "version": 3}])
-def test_refused_questions(bad: Any) -> None:
-    with pytest.raises(Refused):
-        Table[Any]().query(bad, ONE)
-    with pytest.raises(Refused):
-        Table[Any]().wait("s", 1, bad, ONE, now=0.0)
-
-
-def test_nobody_waits_for_what_no_version_can_be() -> None:
-    with pytest.raises(Refused, match="not a version range"):
-        Table[Any]().wait("s", 1, roles.parse("a@latest"), ONE, now=0.0)
-
-
-@pytest.mark.parametrize(
-    "role", ["__proto__", "constructor", "a|b", "\ud800", "\x00", "..", "a\nb"]
-)
-def test_any_name_is_a_name(role: Any) -> None:
-    entries = Table[Any]()
-    meta = {"role": role, "version": "1.0.0"}
-    entries.register("s", {"meta": meta, "servicePublicKey": KEY_A}, ONE)
-    found = entries.query({"role": role, "version": "1.x"}, TWO)
-    assert [entry.role for entry in found] == [role]
-    assert entries.query({"role": "toString"}, TWO) == []
-
-
-def test_a_session_has_a_limit_of_entries(monkeypatch: Any) -> None:
-    monkeypatch.setattr(table, "MAX_ENTRIES_PER_SESSION", 3)
-    entries = Table[Any]()
-    for number in range(3):
-        register(entries, "s", f"a{number}@1.0.0")
-    with pytest.raises(Refused, match="at most 3"):
-        register(entries, "s", "a3@1.0.0")
-    register(entries, "s", "a0@1.0.0")
-    register(entries, "other", "a3@1.0.0")
-    assert len(entries) == 4
-
-
-def test_the_table_has_a_limit_of_entries(monkeypatch: Any) -> None:
-    monkeypatch.setattr(table, "MAX_ENTRIES", 2)
-    entries = Table[Any]()
-    register(entries, "s1", "a@1.0.0")
-    register(entries, "s2", "b@1.0.0")
-    with pytest.raises(Refused, match="full"):
-        register(entries, "s3", "c@1.0.0")
-    register(entries, "s3", "b@1.0.0")
-    entries.drop("s1")
-    register(entries, "s3", "c@1.0.0")
-
-
-def test_a_role_has_a_limit_of_versions(monkeypatch: Any) -> None:
-    monkeypatch.setattr(table, "MAX_VERSIONS", 2)
-    entries = Table[Any]()
-    register(entries, "s1", "a@1.0.0")
-    register(entries, "s1", "a@2.0.0")
-    with pytest.raises(Refused, match="at most 2 versions"):
-        register(entries, "s1", "a@3.0.0")
-    register(entries, "s1", "a@2.0.0", KEY_B)
-
-
-def test_waiters_have_limits(monkeypatch: Any) -> None:
-    monkeypatch.setattr(table, "MAX_WAITERS_PER_SESSION", 2)
-    monkeypatch.setattr(table, "MAX_WAITERS", 3)
-    entries = Table[Any]()
-    for ticket in range(2):
-        entries.wait("w", ticket, roles.parse("a"), ONE, now=0.0)
-    with pytest.raises(Refused, match="too many"):
-        entries.wait("w", 2, roles.parse("a"), ONE, now=0.0)
-    entries.wait("w2", 0, roles.parse("a"), ONE, now=0.0)
-    with pytest.raises(Refused, match="too many"):
-        entries.wait("w3", 0, roles.parse("a"), ONE, now=0.0)
-    assert entries.waiters == 3
+@virtual
+async def test_waiting() -> None:
+    async with running_table() as stage:
+        proxy, service = stage.session(), stage.session(TWO)
+        first = proxy.say("waitFor", roles.parse("a@^1.0.0"))
+        second = proxy.say("waitFor", roles.parse("a@2.x"))
+        await asyncio.sleep(14.0)
+        await service.ask("lease", statement("a@1.4.0", 1, issued=14.0))
+        (answer,) = proxy.got
+        assert (answer.ticket, answer.result["info"]["id"]) == (first, KEYS.public_key.hex())
+        await asyncio.sleep(1.1)
+        assert proxy.got[1:] == [TableRefusal(second, "timeout waiting for service")]
+        assert (await stage.described())["waiting"] == 0
 
 
 @pytest.mark.parametrize("details", [False, True])
-def test_the_longest_answer_fits_a_line(details: Any) -> None:
-    entries = Table[Any]()
+@virtual
+async def test_the_longest_answer_fits_a_line(details: Any) -> None:
+    rows_ = Table()
     for number in range(300):
         meta = {"role": "ü" * 1024, "version": "1.0.0", "more": "\u2028" * 1500}
-        service = {"meta": meta, "servicePublicKey": f"{number:064x}"}
-        entries.register(number, service, ONE)
+        keys = KeyPair.from_seed(number.to_bytes(32, "big"))
+        if number % 2:
+            rows_.lease("s", meta, keys, 1)
+        else:
+            rows_.register("s", meta, keys.public_key, ONE)
     question = {"role": "ü" * 1024, "details": details}
-    found = entries.query(question, TWO)
-    assert len(found) == table.MAX_RESULTS
+    found = rows_.rows.query("ü" * 1024, None, TWO)
+    assert len(found) == rows.MAX_RESULTS
     items = table.answer(question, found)
     line = RpcPeer().reply(RpcRequest("query", question, 1), items)
     assert 10 < len(items) < 256
     assert len(line) < MAX_LINE
 
 
-ROLE = st.sampled_from(["a@1.0.0", "a@1.1.0", "a@2.0.0-rc.1", "b@1.0.0", "b@0.1.0"])
-HOLDER = st.integers(0, 3)
-OPERATION = st.one_of(
-    st.tuples(st.just("register"), HOLDER, ROLE, st.sampled_from([KEY_A, KEY_B])),
-    st.tuples(st.just("unregister"), HOLDER, ROLE, st.sampled_from([KEY_A, KEY_B])),
-    st.tuples(st.just("wait"), HOLDER, st.sampled_from(["a", "a@1.x", "b@^1.0.0", "c"])),
-    st.tuples(st.just("drop"), HOLDER),
-    st.tuples(st.just("pass"), st.floats(0, 20)),
-)
+# Leases
 
 
-@given(st.lists(OPERATION, max_size=40))
-@settings(deadline=None, derandomize=True)
-def test_agrees_with_a_model(operations: Any) -> None:
-    """A flat list of entries and one of waiters, searched from end to end."""
-    entries = Table[Any]()
-    model: dict[tuple[str, str], int] = {}
-    waiting: dict[tuple[int, int], tuple[dict[str, Any], float]] = {}
-    now = 0.0
-    for ticket, (operation, *rest) in enumerate(operations):
-        if operation == "pass":
-            now += rest[0]
-            expired = {(waiter.holder, waiter.ticket) for waiter in entries.expire(now)}
-            assert expired == {place for place, (_, end) in waiting.items() if end <= now}
-            waiting = {place: each for place, each in waiting.items() if place not in expired}
-        elif operation == "drop":
-            gone = entries.drop(rest[0])
-            assert len(gone) == sum(holder == rest[0] for holder in model.values())
-            model = {place: holder for place, holder in model.items() if holder != rest[0]}
-            waiting = {place: each for place, each in waiting.items() if place[0] != rest[0]}
-        elif operation == "wait":
-            holder, role = rest
-            wanted = roles.parse(role)
-            if entries.wait(holder, ticket, wanted, TWO, now) is None:
-                waiting[holder, ticket] = wanted, now + table.WAIT
-        elif operation == "register":
-            holder, role, key = rest
-            _, answered = register(entries, holder, role, key)
-            model[role, key] = holder
-            meta = roles.parse(role)
-            expected = {
-                place
-                for place, (wanted, _) in waiting.items()
-                if (
-                    wanted["role"] == meta["role"]
-                    and matching.satisfies(meta["version"], wanted.get("version", "*"))
-                )
-                or (wanted["role"] == meta["role"] and "version" not in wanted)
-            }
-            assert {(waiter.holder, waiter.ticket) for waiter in answered} == expected
-            waiting = {place: each for place, each in waiting.items() if place not in expected}
-        else:
-            holder, role, key = rest
-            owner = model.get((role, key))
-            if owner is not None and owner != holder:
-                with pytest.raises(Refused):
-                    entries.unregister(holder, params(role, key), ONE)
-            else:
-                entry = entries.unregister(holder, params(role, key), ONE)
-                assert (entry is None) == (owner is None)
-                model.pop((role, key), None)
-        assert {(f"{e.role}@{e.version}", e.service_key): e.holder for e in entries} == model
-        assert entries.waiters == len(waiting)
-        assert len(entries) == len(model)
+@virtual
+async def test_a_leases_life() -> None:
+    async with running_table() as stage:
+        service, proxy = stage.session(), stage.session(TWO)
+        sent = statement("a@1.0.0", 1)
+        assert await service.ask("lease", sent) == {"ttl": 30}
+        (item,) = await proxy.ask("query", roles.parse("a") | {"details": True})
+        assert item["verified"] is True
+        assert (item["statement"], item["signature"]) == (sent["statement"], sent["signature"])
+        assert item["servicePublicKey"] == KEYS.public_key.hex()
+        await asyncio.sleep(20)
+        assert await service.ask("lease", statement("a@1.0.0", 2, issued=20, ttl=2.5)) == {
+            "ttl": 2.5
+        }
+        await asyncio.sleep(2.6)
+        assert await proxy.ask("query", roles.parse("a")) == []
+        assert await service.ask("lease", statement("a@1.0.0", 3, issued=20)) == {"ttl": 30}
+        assert await service.ask("lease", statement("a@1.0.0", 4, issued=20, ttl=0)) == {"ttl": 0}
+        assert await proxy.ask("query", roles.parse("a")) == []
+        counters = (await stage.described())["counters"]
+        assert counters == {"leased": 2, "renewed": 1, "expired": 1, "withdrawn": 1}
+        kinds = [type(piece) for piece in stage.news]
+        assert kinds == [ServiceRegistered, ServiceGone] * 2
+
+
+@virtual
+async def test_bad_leases_are_refused_counted_and_never_stored(tmp_path: Any) -> None:
+    path = tmp_path / "table"
+    async with running_table(path) as stage:
+        session = stage.session()
+        await session.ask("lease", statement("a@1.0.0", 5))
+        before = await session.ask("query", {"role": "a", "details": True})
+        forged = statement("a@1.0.0", 6) | {"signature": "00" * 64}
+        big = roles.parse("a@1.0.0") | {"metadata": "x" * 70_000}
+        for bad, says, kind in [
+            (forged, "not signed", "forged"),
+            (statement("a@1.0.0", 6, issued=-601.0), "601 s ago", "expired"),
+            (statement("a@1.0.0", 6, issued=700.0), "700 s from now", "expired"),
+            (statement("a@1.0.0", 5), "stale sequence, the last was 5", "replayed"),
+            (statement("a@1.0.0", 4), "stale sequence, the last was 5", "replayed"),
+            (statement("a@1.0.0", 6) | {"statement": json.dumps(big)}, "at most", "oversized"),
+            (statement("a@1.0.0", 6) | {"signature": "no"}, "128 hex", "malformed"),
+            (None, "needs params", "malformed"),
+        ]:
+            count = await stage.counter(f"refused.{kind}")
+            with pytest.raises(RuntimeError, match=says):
+                await session.ask("lease", bad)
+            assert await stage.counter(f"refused.{kind}") == count + 1
+        assert await session.ask("query", {"role": "a", "details": True}) == before
+        with pytest.raises(RuntimeError, match="only its own key"):
+            await session.ask("register", params("a@1.0.0", KEYS.public_key.hex()))
+        assert await stage.counter("refused.leased") == 1
+    store = Store(path)
+    assert [row.sequence for row in store.rows()] == [5]
+    store.close()
+
+
+@pytest.mark.parametrize("how", ["register", "lease"])
+@virtual
+async def test_sessions_that_end_and_sessions_that_break(how: Any) -> None:
+    async with running_table() as stage:
+        proxy = stage.session(TWO)
+
+        async def registered() -> Asker:
+            session = stage.session()
+            key = KEYS.public_key.hex()
+            number = int(asyncio.get_running_loop().time() * 1000) + 1
+            issued = asyncio.get_running_loop().time()
+            given = params("a@1.0.0", key)
+            if how == "lease":
+                given = statement("a@1.0.0", number, issued=issued)
+            await session.ask(how, given)
+            return session
+
+        async def found() -> int:
+            return len(await proxy.ask("query", roles.parse("a")))
+
+        await (await registered()).end()
+        assert await found() == 0
+        await (await registered()).end(BROKEN)
+        await asyncio.sleep(4.9)
+        assert await found() == 1
+        await asyncio.sleep(0.2)
+        assert await found() == 0
+        await (await registered()).end(BROKEN)
+        await asyncio.sleep(4.9)
+        again = await registered()
+        await asyncio.sleep(10)
+        assert await found() == 1
+        await again.end(ExitReason("killed"))
+        assert await found() == 1
+
+
+# Watching
+
+
+def shown(notice: TableNotice) -> list[str]:
+    return sorted(item["version"] for item in notice.services)
+
+
+@virtual
+async def test_a_watch_is_told_the_whole_list_at_each_change() -> None:
+    async with running_table() as stage:
+        service, proxy = stage.session(), stage.session(TWO)
+        await service.ask("lease", statement("a@1.0.0", 1))
+        watch = roles.parse("a@1.x") | {"id": 7}
+        answer = await proxy.ask("watch", watch)
+        (item,) = answer["services"]
+        assert item["verified"] is True
+        assert "statement" in item
+        await service.ask("register", params("a@2.0.0"))
+        await service.ask("register", params("b@1.0.0"))
+        await service.ask("lease", statement("a@1.0.0", 2))
+        await asyncio.sleep(1)
+        assert proxy.notices == []
+        await service.ask("register", params("a@1.5.0"))
+        (notice,) = proxy.notices
+        assert (notice.watch, shown(notice)) == (7, ["1.0.0", "1.5.0"])
+        assert "verified" not in notice.services[0]
+        await asyncio.sleep(1)
+        await service.ask("unregister", params("a@1.5.0"))
+        assert shown(proxy.notices[-1]) == ["1.0.0"]
+        await asyncio.sleep(1)
+        await service.end(BROKEN)
+        await asyncio.sleep(5.1)
+        assert shown(proxy.notices[-1]) == []
+        assert len(proxy.notices) == 3
+        assert await proxy.ask("unwatch", {"id": 7}) == {}
+        assert await proxy.ask("unwatch", {"id": 7}) == {}
+        await stage.session().ask("register", params("a@1.5.0"))
+        assert len(proxy.notices) == 3
+
+
+@virtual
+async def test_changes_are_coalesced_and_the_last_one_is_told() -> None:
+    async with running_table() as stage:
+        service, proxy = stage.session(), stage.session(TWO)
+        await proxy.ask("watch", roles.parse("a") | {"id": 1})
+        for number in range(20):
+            await service.ask("register", params(f"a@1.{number}.0"))
+        await asyncio.sleep(1)
+        assert [len(notice.services) for notice in proxy.notices] == [1, 20]
+
+
+@virtual
+async def test_all_watchers_of_a_role_get_one_list_and_parts_of_one_that_is_too_long() -> None:
+    async with running_table() as stage:
+        service = stage.session()
+        askers = [stage.session(bytes([number * 16]) * 32) for number in range(16)]
+        askers.append(stage.session(b"\x01" * 32))
+        for asker in askers:
+            assert await asker.ask("watch", {"id": 1, "role": "a"}) == {"services": []}
+        await service.ask("register", params("a@1.0.0"))
+        lists = [asker.notices[0].services for asker in askers]
+        assert all(one is lists[0] for one in lists)
+        for number in range(600):
+            key = KeyPair.from_seed(number.to_bytes(32, "big")).public_key.hex()
+            service.say("register", params("a@1.0.0", key))
+        await asyncio.sleep(2)
+        lists = [asker.notices[-1].services for asker in askers]
+        assert {len(one) for one in lists} == {rows.MAX_RESULTS}
+        assert lists[0] is lists[-1]
+        assert len({item["servicePublicKey"] for one in lists for item in one}) > 500
+        late = stage.session(b"\x31" * 32)
+        answer = await late.ask("watch", {"id": 1, "role": "a"})
+        assert answer["services"] == lists[3]
+
+
+@pytest.mark.parametrize("bad", [None, 0, -1, 1.5, True, "1", 2**53])
+@virtual
+async def test_a_watch_needs_a_number(bad: Any) -> None:
+    async with running_table() as stage:
+        session = stage.session()
+        with pytest.raises(RuntimeError, match="positive integer"):
+            await session.ask("watch", {"id": bad, "role": "a"})
+        await session.ask("watch", {"id": 1, "role": "a"})
+        with pytest.raises(RuntimeError, match="there already"):
+            await session.ask("watch", {"id": 1, "role": "a"})
+
+
+@virtual
+async def test_watches_of_a_dead_session_are_forgotten() -> None:
+    async with running_table() as stage:
+        session = stage.session()
+        await session.ask("watch", {"id": 1, "role": "a"})
+        session.say("waitFor", {"role": "a"})
+        await asyncio.sleep(0.01)
+        await session.end()
+        described = await stage.described()
+        assert (described["watches"], described["waiting"]) == (0, 0)
+
+
+# The store
+
+
+@virtual
+async def test_what_was_answered_is_there_after_a_kill(tmp_path: Any) -> None:
+    path = tmp_path / "table"
+    async with running_table(path) as stage:
+        session = stage.session()
+        await session.ask("register", params("a@1.0.0"))
+        await session.ask("register", params("a@1.1.0"))
+        await session.ask("unregister", params("a@1.1.0"))
+        await session.ask("lease", statement("a@2.0.0", 5))
+        await session.ask("lease", statement("a@2.0.0", 5, keys=OTHER))
+        await session.ask("lease", statement("a@2.0.0", 6, keys=OTHER, ttl=0))
+        stage.runtime.kill("/table")
+    async with running_table(path) as stage:
+        session = stage.session()
+        items = await session.ask("query", {"role": "a", "details": True})
+        assert [(item["version"], item.get("verified")) for item in items] == [
+            ("2.0.0", True),
+            ("1.0.0", None),
+        ]
+        for keys in (KEYS, OTHER):
+            with pytest.raises(RuntimeError, match="stale sequence"):
+                await session.ask("lease", statement("a@2.0.0", 5, keys=keys))
+        await asyncio.sleep(29)
+        await session.ask("lease", statement("a@2.0.0", 6, issued=29))
+        await asyncio.sleep(1.1)
+        items = await session.ask("query", {"role": "a", "details": True})
+        assert [item["version"] for item in items] == ["2.0.0"]
+
+
+@virtual
+async def test_the_end_of_the_registry_is_not_that_of_its_services(tmp_path: Any) -> None:
+    path = tmp_path / "table"
+    async with running_table(path) as stage:
+        session = stage.session()
+        await session.ask("lease", statement("a@1.0.0", 5))
+        await session.ask("lease", statement("a@1.0.0", 6))
+        await session.end(ExitReason("shutdown", normal=True))
+    store = Store(path)
+    assert [row.sequence for row in store.rows()] == [6]
+    store.close()
+
+
+class CountingStore(Store):
+    commits: int
+    fail: bool
+
+    def commit(self) -> None:
+        type(self).commits += bool(self._changes or self._graves)
+        if type(self).fail:
+            raise CommitFailed("the disk is full: make room there")
+        super().commit()
+
+
+@pytest.fixture
+def counting(monkeypatch: Any) -> type[CountingStore]:
+    monkeypatch.setattr(table, "Store", CountingStore)
+    CountingStore.commits, CountingStore.fail = 0, False
+    return CountingStore
+
+
+@virtual
+async def test_one_commit_for_all_that_wait_and_answers_after_it(
+    tmp_path: Any, counting: Any
+) -> None:
+    async with running_table(tmp_path / "table") as stage:
+        sessions = [stage.session() for _ in range(20)]
+        for number, session in enumerate(sessions):
+            session.say("register", params(f"a@1.{number}.0"))
+            session.say("query", {"role": "a"})
+        await asyncio.sleep(0.01)
+        assert counting.commits <= 2
+        for session in sessions:
+            assert [answer.ticket for answer in session.got] == [1, 2]
+
+
+@virtual
+async def test_renewals_are_written_together_and_late(tmp_path: Any, counting: Any) -> None:
+    async with running_table(tmp_path / "table") as stage:
+        session = stage.session()
+        await session.ask("lease", statement("a@1.0.0", 1))
+        await session.ask("lease", statement("a@1.0.0", 1, keys=OTHER))
+        before = counting.commits
+        for second in range(9):
+            for keys in (KEYS, OTHER):
+                await session.ask("lease", statement("a@1.0.0", 2 + second, keys=keys))
+            await asyncio.sleep(1)
+        assert counting.commits - before == 1
+        await asyncio.sleep(10)
+        assert counting.commits - before == 2
+
+
+@virtual
+async def test_many_renewals_are_written_in_pieces(
+    tmp_path: Any, counting: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(table, "MAX_RENEWALS", 2)
+    async with running_table(tmp_path / "table") as stage:
+        session = stage.session()
+        signers = [KeyPair.from_seed(bytes([number]) * 32) for number in range(5)]
+        for sequence in (1, 2):
+            for keys in signers:
+                await session.ask("lease", statement("a@1.0.0", sequence, keys=keys))
+        before = counting.commits
+        await asyncio.sleep(table.LAZY + 3 * table.RENEWALS_PAUSE)
+        assert counting.commits - before == 3
+        stage.runtime.kill("/table")
+    store = Store(tmp_path / "table")
+    assert [row.sequence for row in store.rows()] == [2] * 5
+    store.close()
+
+
+@virtual
+async def test_what_cannot_be_written_is_refused_and_tried_again(
+    tmp_path: Any, counting: Any
+) -> None:
+    async with running_table(tmp_path / "table") as stage:
+        session = stage.session()
+        counting.fail = True
+        with pytest.raises(RuntimeError, match="the disk is full"):
+            await session.ask("register", params("a@1.0.0"))
+        assert len(await session.ask("query", {"role": "a"})) == 1
+        counting.fail = False
+        await asyncio.sleep(table.LAZY + 0.1)
+        assert await stage.counter("store.failed") == 1
+        stage.runtime.kill("/table")
+    store = Store(tmp_path / "table")
+    assert len([*store.rows()]) == 1
+    store.close()
+
+
+@virtual
+async def test_a_store_that_is_none_ends_it_before_it_serves(tmp_path: Any) -> None:
+    path = tmp_path / "table"
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE mine (a)")
+    other.close()
+    async with ActorRuntime() as runtime:
+        address = runtime.spawn(TableActor, TableArgs(path))
+        reason = await runtime.stopped(address)
+        assert isinstance(reason.exception, LocalError)  # type: ignore[attr-defined]
+        assert "another application's" in reason.text
+
+
+# Looking in
+
+
+@virtual
+async def test_description() -> None:
+    async with running_table() as stage:
+        one, two = stage.session(), stage.session(TWO)
+        await one.ask("register", params("a@1.0.0"))
+        await two.ask("lease", statement("a@2.0.0", 1))
+        await two.ask("watch", {"id": 1, "role": "b"})
+        stage.runtime.system.tell(stage.table, Counted("dropped.slow"))
+        await asyncio.sleep(10)
+        described = await stage.described()
+        assert json.loads(json.dumps(described)) == described
+        plain, leased = described.pop("services")
+        assert described == {
+            "roles": 1,
+            "instances": 2,
+            "buried": 0,
+            "waiting": 0,
+            "watches": 1,
+            "counters": {"dropped.slow": 1, "leased": 1, "registered": 1},
+        }
+        assert (plain["key"], plain["verified"], plain["remaining"]) == (KEY_A, False, None)
+        assert (plain["role"], plain["version"], plain["instance"]) == ("a", "1.0.0", None)
+        assert leased["key"] == KEYS.public_key.hex()
+        assert (leased["verified"], leased["instance"]) == (True, INSTANCE)
+        assert leased["remaining"] == pytest.approx(20, abs=0.1)
+        assert leased["age"] == leased["renewed"] == pytest.approx(10, abs=0.1)
+        assert leased["connection"] == TWO.hex()
+
+
+@virtual
+async def test_a_description_has_a_limit(monkeypatch: Any) -> None:
+    monkeypatch.setattr(table, "MAX_DESCRIBED", 3)
+    async with running_table() as stage:
+        session = stage.session()
+        for number in range(5):
+            await session.ask("register", params(f"a@1.{number}.0"))
+        described = await stage.described()
+        assert (described["instances"], len(described["services"])) == (5, 3)
+
+
+@virtual
+async def test_one_timer_for_everything() -> None:
+    async with running_table() as stage:
+        session = stage.session()
+        for number in range(50):
+            keys = KeyPair.from_seed(number.to_bytes(32, "big"))
+            await session.ask("lease", statement("a@1.0.0", 1, keys=keys, ttl=30 + number))
+            session.say("waitFor", {"role": f"r{number}"})
+        cell = stage.table.target
+        timers = [owned for owned in cell.owned if type(owned).__name__ == "Timer"]  # type: ignore[union-attr]
+        assert len(timers) == 1
