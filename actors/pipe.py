@@ -8,33 +8,25 @@ Bytes go from one protocol straight into the other transport; the actor only wat
     RST, error  ->           destroy
     cannot take more  ->     not read, so its window closes
 
-The pipe ends when both sides are closed. If it is killed, both are reset.
+The pipe ends when both sides are closed. If it is killed, both are reset. How a proxy's pipe gets
+to its channel is in `attempts`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections import deque
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from thespian.actors import ActorAddress
 
 from ..transport.channel import Channel
-from ..transport.keys import KeyPair
-from .actor import Actor, ActorGone, Down, ExitReason, handles
-from .messages import (
-    Connect,
-    Connected,
-    ConnectFailed,
-    Resolve,
-    Resolved,
-    ServiceFailed,
-    ServiceRecord,
-)
-from .splice import Splice, reset
+from ..transport.errors import HyperseaportError
+from .actor import ExitReason, handles
+from .attempts import ProxyPipe, Seeker, SideClosed
+from .early import Early
+from .messages import Describe, Described
+from .splice import Splice
 
 #: Seconds that a pipe may still run when it is asked to stop, and how long nothing must have moved
 #: for it to count as quiet and be closed in order.
@@ -53,48 +45,35 @@ class ServicePipe:
     port: int
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyPipe:
-    """A TCP connection that a local client opened, for a service that ``resolver`` knows."""
-
-    socket: socket.socket
-    resolver: ActorAddress
-    endpoint: ActorAddress
-    key_pair: KeyPair
-
-
-@dataclass(frozen=True, slots=True)
-class _SideClosed:
-    error: Exception | None
-
-
-class Pipe(Actor):
+class Pipe(Seeker):
     """Args: a `ServicePipe` or a `ProxyPipe`."""
 
     def on_start(self, args: ServicePipe | ProxyPipe) -> None:
+        self._began = self.now
         self._tcp: asyncio.Transport | None = None
         self._channel: Channel | None = None
         self._open_sides = 0
+        self._draining = False
+        self._target = ""
+        self._early: Early | None = None
         if isinstance(args, ServicePipe):
             self._channel = args.channel
+            self._target = f"{args.host}:{args.port}"
             self.own(args.channel.abort)
             self.run(self._serve(args))
-            return
-        self._proxied: ProxyPipe | None = args
-        # The services to try, the best match first.
-        self._services: deque[ServiceRecord] = deque()
-        self._tried = 0
-        self.own(partial(reset, args.socket))
-        self._ask(args.resolver, Resolve())
+        else:
+            self.reach(args)
+
+    # A service's pipe
 
     async def _serve(self, args: ServicePipe) -> None:
         loop = asyncio.get_running_loop()
-        splice = Splice(self._side_closed)
+        splice = Splice(args.channel, self.side_closed)
+        self._open_sides = 2
+        self.own(splice.abort)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                transport, _ = await loop.create_connection(
-                    lambda: splice.tcp, args.host, args.port
-                )
+                await loop.create_connection(lambda: splice.tcp, args.host, args.port)
         except (OSError, TimeoutError) as error:
             self.log.warning(
                 "service refused",
@@ -105,89 +84,72 @@ class Pipe(Actor):
             )
             self.stop()
             return
-        self._join(splice, transport, args.channel)
+        self._tcp = splice.transport
 
-    # A proxy's way to a service: messages only, so that it is gone in as few turns as can be.
+    # Both kinds
 
-    def _ask(self, actor: ActorAddress, question: Resolve | Connect) -> None:
-        """The answer comes as a message, or `Down` if the actor dies."""
-        self.monitor(actor)
-        self.send(actor, question)
-
-    @handles(Down)
-    def _nobody_answers(self, message: Down, _sender: ActorAddress) -> None:
-        raise ActorGone(message.address, message.reason)
-
-    @handles(Resolved)
-    def _resolved(self, message: Resolved, sender: ActorAddress) -> None:
-        self.demonitor(sender)
-        self._services.extend(message.services)
-        self._try_next()
-
-    def _try_next(self) -> None:
-        proxied = cast(ProxyPipe, self._proxied)
-        if not self._services:
-            self.log.warning("no service reached", tried=self._tried)
-            reset(proxied.socket)
-            self.stop()
-            return
-        self._ask(proxied.endpoint, Connect(self._services[0].public_key, proxied.key_pair))
-
-    @handles(ConnectFailed)
-    def _connect_failed(self, message: ConnectFailed, sender: ActorAddress) -> None:
-        self.demonitor(sender)
-        key = self._services.popleft().public_key
-        self._tried += 1
-        self.log.info("service unreachable", key=key.hex(), reason=str(message.error))
-        self.send(cast(ProxyPipe, self._proxied).resolver, ServiceFailed(key))
-        self._try_next()
-
-    @handles(Connected)
-    def _connected(self, message: Connected, sender: ActorAddress) -> None:
-        self.demonitor(sender)
-        proxied = cast(ProxyPipe, self._proxied)
-        self._proxied = None
-        self._services.clear()
-        self._channel = message.channel
-        self.own(message.channel.abort)
-        self.run(self._proxy(proxied.socket, message.channel))
-
-    async def _proxy(self, client: socket.socket, channel: Channel) -> None:
-        loop = asyncio.get_running_loop()
-        splice = Splice(self._side_closed)
-        try:
-            transport, _ = await loop.connect_accepted_socket(lambda: splice.tcp, client)
-        except OSError:
-            # The client is gone already.
-            self.stop()
-            return
-        self._join(splice, transport, channel)
-
-    # Both sides
-
-    def _join(self, splice: Splice, transport: asyncio.BaseTransport, channel: Channel) -> None:
-        self._tcp = cast(asyncio.Transport, transport)
-        self._open_sides = 2
-        splice.join(channel)
-        self.own(splice.abort)
-
-    def _side_closed(self, error: Exception | None) -> None:
-        self.send(self.myAddress, _SideClosed(error))
-
-    @handles(_SideClosed)
-    def _on_side_closed(self, message: _SideClosed, _sender: ActorAddress) -> None:
+    @handles(SideClosed)
+    def _on_side_closed(self, message: SideClosed, _sender: ActorAddress) -> None:
         self._open_sides -= 1
         if message.error is not None:
-            self.log.debug("pipe reset", reason=str(message.error) or repr(message.error))
+            self._log_reset(message.error)
         if self._open_sides == 0:
             self.stop()
 
+    def _log_reset(self, error: Exception) -> None:
+        reason = str(error) or repr(error)
+        by_channel = isinstance(error, HyperseaportError)
+        if self._early is None or not by_channel:
+            self.log.debug("pipe reset", by="channel" if by_channel else "tcp", reason=reason)
+            return
+        # The client sees a reset: by what it has sent or got, it could not be moved.
+        self.log.info(
+            "connection lost",
+            key=cast(bytes, self._key).hex(),
+            reason=reason,
+            answered=self._answered,
+        )
+        if not self._answered:
+            self._failed(cast(bytes, self._key), reason)
+
+    @handles(Describe)
+    def _describe(self, _message: Describe, sender: ActorAddress) -> None:
+        channel = self._channel
+        fields: dict[str, Any] = {
+            "kind": "service" if self._early is None else "proxy",
+            "state": self._state(),
+            "age": round(self.now - self._began, 3),
+            "bytes": 0 if channel is None else channel.bytes_moved,
+        }
+        if self._early is None:
+            fields["target"] = self._target
+        else:
+            fields["attempts"] = self._attempts.made
+        if channel is not None:
+            ours, theirs = channel.public_key.hex(), channel.remote_public_key.hex()
+            fields["peer_key"] = theirs
+            fields["service_key"] = ours if self._early is None else theirs
+        self.send(sender, Described(fields))
+
+    def _state(self) -> str:
+        if self._draining:
+            return "draining"
+        if self._early is None:
+            return "connecting" if self._tcp is None else "open"
+        if self._key is None:
+            return "connecting"
+        return "open" if self._answered else "unanswered"
+
     def on_stop(self, reason: ExitReason) -> None:
+        self._draining = True
         self.run(self._drain(reason))
 
     async def _drain(self, reason: ExitReason) -> None:
         """Let the bytes under way arrive. A pipe that has gone quiet is closed in order; one that
         is still busy after `DRAIN` seconds is reset, so that nobody takes a part for the whole."""
+        if self._early is not None:
+            self._early.settle()
+            self._tcp = self._early.transport
         tcp, channel = self._tcp, self._channel
         if tcp is None or channel is None:
             self.stop(reason)

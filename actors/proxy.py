@@ -13,8 +13,17 @@ from ..supervisor import ChildRefused, ChildStarted, StartChild
 from ..transport.errors import LocalError
 from ..transport.keys import KeyPair
 from .actor import Actor, handles
-from .messages import Follow, ProxyListening, ProxyRouted, ProxyUnrouted, Resolved
-from .pipe import ProxyPipe
+from .attempts import CONNECT_TIMEOUT, ProxyPipe
+from .console import tell
+from .messages import (
+    Describe,
+    Described,
+    Follow,
+    ProxyListening,
+    ProxyRouted,
+    ProxyUnrouted,
+    Resolved,
+)
 from .splice import reset
 
 #: Connections accepted in one wake-up.
@@ -34,6 +43,8 @@ class ProxyArgs:
     key_pair: KeyPair
     #: Nobody asked for this port: it was free.
     chosen: bool = False
+    #: Seconds that a client may be without a service, all in all, before it is reset.
+    connect_timeout: float = CONNECT_TIMEOUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +53,33 @@ class _Resume:
 
 
 class ProxyListener(Actor):
-    """Args: `ProxyArgs`. Context: ``endpoint``, ``resolver``, ``pipes``, ``console``. Ready when it
-    listens. Dies with a `LocalError` when the address cannot be had."""
+    """Args: `ProxyArgs`. Context: ``endpoint``, ``pipes``, ``resolver``. Ready when it listens.
+    Dies with a `LocalError` when the address cannot be had. What it has accepted goes on without
+    it."""
 
     def on_start(self, args: ProxyArgs) -> None:
         self._args = args
-        self._routed: bool | None = None
+        # Where new connections go, and whether people know that there is nowhere.
+        self._routed: bytes | None = None
+        self._unrouted = False
+        self._accepted = self._refused = 0
         self._socket = _listening(args.host, args.port)
         self.own(self._close)
         self._port: int = self._socket.getsockname()[1]
         self._accepting(True)
         self.log.info("proxy listening", host=args.host, port=self._port)
-        self.send(self.context["console"], ProxyListening(args.host, self._port, args.chosen))
+        tell(self, ProxyListening(args.host, self._port, args.chosen))
         self.send(self.context["resolver"], Follow())
         self.ready()
 
     @handles(Resolved)
     def _route(self, message: Resolved, _sender: ActorAddress) -> None:
-        console = self.context["console"]
         if message.services:
-            self._routed = True
-            self.send(console, ProxyRouted(self._port, message.services[0]))
-        elif self._routed is not False:
-            self._routed = False
-            self.send(console, ProxyUnrouted(self._port))
+            self._routed, self._unrouted = message.services[0].public_key, False
+            tell(self, ProxyRouted(self._port, message.services[0]))
+        elif not self._unrouted:
+            self._routed, self._unrouted = None, True
+            tell(self, ProxyUnrouted(self._port))
 
     @handles(ChildStarted)
     def _pipe_started(self, _message: ChildStarted, _sender: ActorAddress) -> None:
@@ -73,9 +87,23 @@ class ProxyListener(Actor):
 
     @handles(ChildRefused)
     def _pipe_refused(self, message: ChildRefused, _sender: ActorAddress) -> None:
+        self._refused += 1
         self.log.warning("connection refused", reason=message.reason)
         if message.args is not None:
             reset(cast(ProxyPipe, message.args).socket)
+
+    @handles(Describe)
+    def _describe(self, _message: Describe, sender: ActorAddress) -> None:
+        routed = self._routed
+        fields = {
+            "address": self._args.host,
+            "port": self._port,
+            "accepted": self._accepted,
+            "refused": self._refused,
+            "routed_to": None if routed is None else routed.hex(),
+            "connect_timeout": self._args.connect_timeout,
+        }
+        self.send(sender, Described(fields))
 
     @handles(_Resume)
     def _resume(self, _message: _Resume, _sender: ActorAddress) -> None:
@@ -102,7 +130,14 @@ class ProxyListener(Actor):
                 self.after(PAUSE, _Resume())
                 return
             client.setblocking(False)
-            pipe = ProxyPipe(client, context["resolver"], context["endpoint"], args.key_pair)
+            self._accepted += 1
+            pipe = ProxyPipe(
+                client,
+                context["resolver"],
+                context["endpoint"],
+                args.key_pair,
+                args.connect_timeout,
+            )
             self.send(context["pipes"], StartChild(pipe))
 
     def _close(self) -> None:

@@ -19,47 +19,47 @@ READ = MESSAGE
 #: channel holds besides counts against its receive window.
 TCP_HIGH = 32_768
 
-# Every splice reads into the same buffer: what is read is encrypted before the next socket is read.
-_buffer = memoryview(bytearray(READ))
+#: Every splice reads into the same: what is read is encrypted before the next socket is read.
+reading_buffer = memoryview(bytearray(READ))
 
 
 class Splice:
-    """Joins the TCP connection of protocol ``tcp`` with a channel.
+    """Joins a channel with the TCP connection of protocol ``tcp``, as soon as that is made.
 
     ``on_closed(error)`` is called twice in the end, once for each side: None when it closed in
     order, else what broke it.
     """
 
-    __slots__ = ("_channel_side", "_on_closed", "channel", "tcp", "transport")
+    __slots__ = ("_on_closed", "channel", "channel_side", "tcp", "transport")
 
-    def __init__(self, on_closed: Callable[[Exception | None], None]) -> None:
+    def __init__(self, channel: Channel, on_closed: Callable[[Exception | None], None]) -> None:
         self._on_closed = on_closed
-        self._channel_side = _ChannelSide(self)
-        self.tcp = _TcpSide(self)
+        self.channel_side = ChannelSide(self)
+        self.tcp = TcpSide(self)
         self.transport: asyncio.Transport | None = None
-        self.channel: Channel | None = None
-
-    def join(self, channel: Channel) -> None:
-        """Let bytes flow. The TCP protocol must have its connection by now."""
-        transport = cast(asyncio.Transport, self.transport)
         self.channel = channel
+
+    def tcp_made(self, transport: asyncio.Transport) -> None:
+        """Let bytes flow: some event loops read before anybody can ask them to wait."""
+        self.transport = transport
         transport.set_write_buffer_limits(high=TCP_HIGH)
-        channel.set_protocol(self._channel_side)
-        if not transport.is_closing():
-            transport.resume_reading()
+        self.channel.set_protocol(self.channel_side)
+
+    def take_over(self) -> None:
+        """The same for a ``transport`` and a channel that somebody else has served until now."""
+        cast(asyncio.Transport, self.transport).set_protocol(self.tcp)
+        self.channel.set_protocol(self.channel_side)
 
     def abort(self) -> None:
         """Reset both sides, without another word."""
         self._on_closed = _nobody
-        if self.channel is not None:
-            self.channel.abort()
+        self.channel.abort()
         if self.transport is not None:
             abort(self.transport)
 
     def tcp_closed(self, error: Exception | None) -> None:
         channel = self.channel
-        in_order = error is None and (channel is None or channel.ended or channel.is_closing())
-        if channel is not None and not in_order:
+        if error is not None or not (channel.ended or channel.is_closing()):
             # What the peer has not got is lost with the connection: it must not look whole.
             channel.abort()
         self._on_closed(error)
@@ -73,38 +73,36 @@ class Splice:
         self._on_closed(error)
 
 
-class _TcpSide(asyncio.BufferedProtocol):
+class TcpSide(asyncio.BufferedProtocol):
     def __init__(self, splice: Splice) -> None:
         self._splice = splice
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._splice.transport = cast(asyncio.Transport, transport)
-        # Nothing is read before there is a channel to write it to.
-        self._splice.transport.pause_reading()
+        self._splice.tcp_made(cast(asyncio.Transport, transport))
 
     def get_buffer(self, _sizehint: int) -> memoryview:
-        return _buffer
+        return reading_buffer
 
     def buffer_updated(self, size: int) -> None:
-        cast(Channel, self._splice.channel).write(_buffer[:size])
+        self._splice.channel.write(reading_buffer[:size])
 
     def eof_received(self) -> bool:
-        channel = cast(Channel, self._splice.channel)
+        channel = self._splice.channel
         if not channel.is_closing():
             channel.write_eof()
         return True
 
     def pause_writing(self) -> None:
-        cast(Channel, self._splice.channel).pause_reading()
+        self._splice.channel.pause_reading()
 
     def resume_writing(self) -> None:
-        cast(Channel, self._splice.channel).resume_reading()
+        self._splice.channel.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._splice.tcp_closed(error)
 
 
-class _ChannelSide(asyncio.Protocol):
+class ChannelSide(asyncio.Protocol):
     def __init__(self, splice: Splice) -> None:
         self._splice = splice
 

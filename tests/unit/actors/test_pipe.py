@@ -24,16 +24,18 @@ from support.pipes import (
 from hyperseaport.actors import endpoint as endpoint_module
 from hyperseaport.actors import pipe as pipe_module
 from hyperseaport.actors.actor import NORMAL, SHUTDOWN, Actor, Address, handles
+from hyperseaport.actors.attempts import ProxyPipe
 from hyperseaport.actors.messages import (
     Connect,
     Connected,
     ConnectFailed,
+    Describe,
     Resolve,
     Resolved,
     ServiceFailed,
     ServiceRecord,
 )
-from hyperseaport.actors.pipe import Pipe, ProxyPipe, ServicePipe
+from hyperseaport.actors.pipe import Pipe, ServicePipe
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.transport.channel import Channel
 from hyperseaport.transport.errors import PeerNotFound, StreamTimeout
@@ -289,6 +291,22 @@ async def test_killed_while_it_connects() -> None:
             stage.runtime.kill("/pipe")
             await soon(lambda: stage.peer.lost)
         assert isinstance(stage.peer.error, ConnectionResetError)
+
+
+async def test_it_describes_itself() -> None:
+    async with serving() as stage:
+        await stage.exchange()
+        described = dict((await stage.runtime.call(stage.pipe, Describe())).fields)
+        assert 0 <= described.pop("age") < 20
+        target = stage.local.getsockname()
+        assert described == {
+            "kind": "service",
+            "state": "open",
+            "bytes": 8,
+            "target": f"{target[0]}:{target[1]}",
+            "peer_key": (b"\x02" * 32).hex(),
+            "service_key": (b"\x01" * 32).hex(),
+        }
 
 
 # The proxy's side

@@ -17,7 +17,9 @@ from support.registry import Recorder
 
 from hyperseaport.actors import proxy as proxy_module
 from hyperseaport.actors.actor import Actor, Crashed, LocalError
+from hyperseaport.actors.attempts import ProxyPipe
 from hyperseaport.actors.messages import (
+    Describe,
     Follow,
     ProxyListening,
     ProxyRouted,
@@ -25,7 +27,6 @@ from hyperseaport.actors.messages import (
     Resolved,
     ServiceRecord,
 )
-from hyperseaport.actors.pipe import ProxyPipe
 from hyperseaport.actors.proxy import ProxyArgs, ProxyListener
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.supervisor import Backoff, ChildSpec, Supervisor, SupervisorSpec
@@ -58,16 +59,15 @@ class Stage:
         self.runtime = runtime
         self.news: list[Any] = []
         self.to_resolver: list[Any] = []
+        args = ProxyArgs("127.0.0.1", port, PAIR, connect_timeout=7.0)
         spec = SupervisorSpec(
             "rest_for_one",
             (
                 ChildSpec("console", Recorder, self.news),
                 ChildSpec("endpoint", Recorder, []),
-                ChildSpec("resolver", Recorder, self.to_resolver),
                 ChildSpec("pipes", Supervisor, clients_spec(limit)),
-                ChildSpec(
-                    "listener", ProxyListener, ProxyArgs("127.0.0.1", port, PAIR), wait_ready=5.0
-                ),
+                ChildSpec("resolver", Recorder, self.to_resolver),
+                ChildSpec("listener", ProxyListener, args, wait_ready=5.0),
             ),
             backoff=Backoff(initial=0.01, maximum=0.1),
         )
@@ -85,6 +85,11 @@ class Stage:
         listener = self.runtime.find("/root/listener")
         assert listener is not None
         self.runtime.tell(listener, message)
+
+    async def described(self) -> dict[str, Any]:
+        listener = self.runtime.find("/root/listener")
+        assert listener is not None
+        return dict((await self.runtime.call(listener, Describe())).fields)
 
     def client(self) -> socket.socket:
         client = socket.create_connection(("127.0.0.1", self.port))
@@ -115,6 +120,7 @@ async def test_each_connection_becomes_a_pipe_at_once() -> None:
         clients = [stage.client() for _ in range(100)]
         await soon(lambda: len(held) == 100)
         assert {pipe.key_pair for pipe in held} == {PAIR}
+        assert {pipe.connect_timeout for pipe in held} == {7.0}
         assert {pipe.socket.getpeername() for pipe in held} == {
             client.getsockname() for client in clients
         }
@@ -170,6 +176,8 @@ async def test_a_refused_connection_is_reset() -> None:
             first, second = stage.client(), stage.client()
             assert await outcome(second) is ConnectionResetError
             assert len(held) == 1
+            described = await stage.described()
+            assert (described["accepted"], described["refused"]) == (2, 1)
             first.close()
             second.close()
     refusals = [entry for entry in logs if entry["event"] == "connection refused"]
@@ -191,6 +199,23 @@ async def test_routes_are_told_to_people_once() -> None:
             ProxyRouted(port, OTHER),
             ProxyUnrouted(port),
         ]
+
+
+async def test_it_describes_itself() -> None:
+    async with staged() as stage:
+        expected = {
+            "address": "127.0.0.1",
+            "port": stage.port,
+            "accepted": 0,
+            "refused": 0,
+            "routed_to": None,
+            "connect_timeout": 7.0,
+        }
+        assert await stage.described() == expected
+        stage.tell(Resolved((RECORD, OTHER)))
+        assert await stage.described() == {**expected, "routed_to": RECORD.public_key.hex()}
+        stage.tell(Resolved(()))
+        assert await stage.described() == expected
 
 
 async def test_out_of_descriptors_it_pauses_and_then_goes_on(

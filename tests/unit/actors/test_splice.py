@@ -7,7 +7,7 @@ import random
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support.pipes import Peer, descriptors, outcome, pipe_channels, reset_by_client, soon
@@ -15,7 +15,7 @@ from support.pipes import Peer, descriptors, outcome, pipe_channels, reset_by_cl
 from hyperseaport.actors import splice as splice_module
 from hyperseaport.actors.splice import TCP_HIGH, Splice, reset
 from hyperseaport.testing.channels import WRITE_HIGH
-from hyperseaport.transport.channel import MESSAGE
+from hyperseaport.transport.channel import MESSAGE, Channel
 from hyperseaport.transport.errors import StreamTimeout
 
 
@@ -24,12 +24,13 @@ class Stage:
 
     def __init__(self) -> None:
         self.closed: list[Exception | None] = []
-        self.splice = Splice(self.closed.append)
         self.channel, far = pipe_channels()
+        self.splice = Splice(cast(Channel, self.channel), self.closed.append)
         self.peer = Peer(far)
         self.client: socket.socket
 
-    async def connect(self) -> None:
+    async def connect(self, before: asyncio.BaseProtocol | None = None) -> asyncio.Transport:
+        """Make the TCP connection, for another protocol than the splice's if one is given."""
         loop = asyncio.get_running_loop()
         with socket.create_server(("127.0.0.1", 0)) as server:
             self.client = socket.create_connection(server.getsockname())
@@ -39,14 +40,13 @@ class Stage:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
             each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         self.client.setblocking(False)
-        await loop.connect_accepted_socket(lambda: self.splice.tcp, accepted)
+        protocol = before or self.splice.tcp
+        transport, _ = await loop.connect_accepted_socket(lambda: protocol, accepted)
+        return transport
 
     @property
     def transport(self) -> Any:
         return self.splice.transport
-
-    def join(self) -> None:
-        self.splice.join(self.channel)  # type: ignore[arg-type]
 
     async def read(self, size: int) -> bytes:
         loop = asyncio.get_running_loop()
@@ -59,13 +59,11 @@ class Stage:
 
 
 @asynccontextmanager
-async def spliced(*, join: bool = True) -> AsyncIterator[Stage]:
+async def spliced() -> AsyncIterator[Stage]:
     """Both sides must be closed when the test is done."""
     before = descriptors()
     stage = Stage()
     await stage.connect()
-    if join:
-        stage.join()
     yield stage
     stage.client.close()
     await soon(lambda: stage.channel.is_closing() and stage.transport.is_closing())
@@ -108,16 +106,22 @@ async def test_half_closed_from_the_channel_the_client_goes_on() -> None:
         assert stage.closed == [None, None]
 
 
-async def test_nothing_is_read_before_there_is_a_channel() -> None:
-    async with spliced(join=False) as stage:
-        stage.client.send(b"early")
-        stage.client.shutdown(socket.SHUT_WR)
-        await asyncio.sleep(0)
-        assert not stage.transport.is_reading()
-        stage.join()
-        await soon(lambda: stage.peer.ended)
-        assert stage.peer.received == b"early"
-        stage.peer.channel.close()
+async def test_it_takes_over_what_others_have_begun() -> None:
+    before = descriptors()
+    stage = Stage()
+    transport = await stage.connect(asyncio.BufferedProtocol())
+    stage.channel.set_protocol(asyncio.Protocol())
+    stage.splice.transport = transport
+    stage.splice.take_over()
+    stage.client.send(b"question")
+    await soon(lambda: stage.peer.received == b"question")
+    stage.peer.channel.write(b"answer")
+    stage.peer.channel.close()
+    assert await outcome(stage.client) == b"answer"
+    stage.client.close()
+    await soon(lambda: len(stage.closed) == 2)
+    assert stage.closed == [None, None]
+    await soon(lambda: descriptors() == before)
 
 
 async def test_a_reset_of_the_client_resets_the_channel() -> None:
@@ -232,24 +236,12 @@ async def test_an_abort_resets_both_sides_and_is_silent() -> None:
         assert stage.closed == []
 
 
-async def test_an_abort_before_there_is_a_channel() -> None:
-    before = descriptors()
+async def test_an_abort_before_there_is_a_tcp_connection() -> None:
     stage = Stage()
-    await stage.connect()
     stage.splice.abort()
-    assert await outcome(stage.client) is ConnectionResetError
-    stage.client.close()
-    await soon(lambda: descriptors() == before)
+    await soon(lambda: stage.peer.lost)
+    assert isinstance(stage.peer.error, ConnectionResetError)
     assert stage.closed == []
-
-
-async def test_a_channel_that_was_lost_before_the_join() -> None:
-    async with spliced(join=False) as stage:
-        stage.channel.fail(StreamTimeout("nothing heard"))
-        # A real channel says it again to the protocol that it gets; this one does not.
-        stage.join()
-        stage.splice.channel_closed(StreamTimeout("nothing heard"))
-        assert await outcome(stage.client) is ConnectionResetError
 
 
 def test_reset_of_a_plain_socket_shows_as_one() -> None:
@@ -263,4 +255,4 @@ def test_reset_of_a_plain_socket_shows_as_one() -> None:
 
 
 def test_one_read_is_one_message() -> None:
-    assert len(splice_module._buffer) == splice_module.READ == MESSAGE
+    assert len(splice_module.reading_buffer) == splice_module.READ == MESSAGE
