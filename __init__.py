@@ -4,6 +4,7 @@ async with hyperseaport.Registry(bootstrap=...) as registry: ...
 async with hyperseaport.Service("couchdb@3.2.2", registry=KEY, port=5984): ...
 async with hyperseaport.Proxy("couchdb@3.x", registry=KEY, port=5985): ...
 reader, writer = await hyperseaport.connect("couchdb@^3", registry=KEY)
+async for records in hyperseaport.services("couchdb", registry=KEY, watch=True): ...
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .actors.api import Registry as Registry
     from .actors.api import Service as Service
     from .actors.api import connect as connect
+    from .actors.api import services as services
     from .transport.errors import HyperseaportError as HyperseaportError
     from .transport.keys import KeyPair as KeyPair
 
@@ -26,11 +28,21 @@ _HOMES = {
     "Registry": ".actors.api",
     "Service": ".actors.api",
     "connect": ".actors.api",
+    "services": ".actors.api",
     "HyperseaportError": ".transport.errors",
     "KeyPair": ".transport.keys",
 }
 
-__all__ = ["DHT", "HyperseaportError", "KeyPair", "Proxy", "Registry", "Service", "connect"]
+__all__ = [
+    "DHT",
+    "HyperseaportError",
+    "KeyPair",
+    "Proxy",
+    "Registry",
+    "Service",
+    "connect",
+    "services",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
+from .commands import options
 from .transport import keys
 from .transport.errors import HyperseaportError, InvalidInput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .supervisor import SupervisorSpec
-    from .transport.dht.endpoint import EndpointConfig
 
 #: Exit codes beside 0.
 FAILURE = 1
 USAGE = 2
-#: Characters read of a seed file: white space around the seed is fine.
-MAX_SEED_FILE = 4096
 
 
 def main() -> None:
@@ -53,75 +48,6 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _key(what: str) -> Callable[[Any, Any, Any], Any]:
-    """Checks an option or argument of 64 hexadecimal digits; it is never taken for a number."""
-
-    def parse(_context: Any, parameter: Any, value: Any) -> Any:
-        if value is None:
-            return None
-        try:
-            if isinstance(value, tuple):
-                return tuple(keys.parse_key(each, what) for each in value)
-            return keys.parse_key(value, what)
-        except InvalidInput as error:
-            raise click.BadParameter(str(error), param=parameter) from error
-
-    return parse
-
-
-_PORT = click.IntRange(0, 65535)
-_TARGET_PORT = click.IntRange(1, 65535)
-
-
-def _log_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option(
-            "--log-format",
-            type=click.Choice(["human", "json"]),
-            default="human",
-            show_default=True,
-            help="How logs are written to standard error.",
-        ),
-        click.option(
-            "--log-level",
-            type=click.Choice(["debug", "info", "warning", "error"]),
-            default="warning",
-            show_default=True,
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _network_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--bootstrap",
-        multiple=True,
-        metavar="HOST:PORT",
-        help="A node of the DHT to join; repeatable. Also HYPERSEAPORT_BOOTSTRAP, separated by "
-        "commas. Without either: the public HyperDHT.",
-    )(_log_options(command))
-
-
-def _seed_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option(
-            "--seed",
-            metavar="HEX",
-            callback=_key("seed"),
-            help="Seed of the key pair, 64 hexadecimal digits. Every user of this machine can read "
-            "a command line: prefer --seed-file or HYPERSEAPORT_SEED.",
-        ),
-        click.option(
-            "--seed-file",
-            type=click.Path(exists=True, dir_okay=False, path_type=str),
-            help="A file that holds the seed.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(version)s")
 def cli() -> None:
@@ -139,74 +65,188 @@ def seed() -> None:
 
 
 @cli.command()
-@_seed_options
-@_network_options
-def registry(seed: bytes | None, seed_file: str | None, **network: Any) -> None:
+@options.seed
+@click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=str),
+    help="Where registrations are kept. Also HYPERSEAPORT_DATA_DIR.  [default: the platform's "
+    "place for a user's data]",
+)
+@click.option("--memory", is_flag=True, help="Keep nothing: a restarted registry begins empty.")
+@click.option(
+    "--allow-register",
+    metavar="KEY|FILE",
+    multiple=True,
+    callback=options.keys_or_files("key"),
+    help="Key that may register services, its own or those it connects for; repeatable. A file has "
+    "one key a line. Without it, everybody may who knows the registry's key.",
+)
+@click.option(
+    "--allow-query",
+    metavar="KEY|FILE",
+    multiple=True,
+    callback=options.keys_or_files("key"),
+    help="Key that may look for services; repeatable. Without it, everybody may.",
+)
+@options.network
+def registry(
+    seed: bytes | None,
+    seed_file: str | None,
+    data_dir: str | None,
+    memory: bool,
+    allow_register: frozenset[bytes] | None,
+    allow_query: frozenset[bytes] | None,
+    **network: Any,
+) -> None:
     """Serve a registry under the key of a seed."""
-    endpoint = _network(network)
-    pair = _key_pair(seed, seed_file)
+    endpoint = options.endpoint(network)
+    pair = options.key_pair(seed, seed_file)
     if pair is None:
         raise InvalidInput(
             "a registry needs a seed: give --seed-file FILE, HYPERSEAPORT_SEED or --seed HEX "
             "(hyperseaport seed makes one)"
         )
+    if memory and data_dir is not None:
+        raise InvalidInput("--memory keeps nothing: leave --data-dir out")
     from .actors import deployment, news
 
-    _serve(deployment.registry_tree(endpoint, pair, news.registry(_print)))
-
-
-@cli.command()
-@click.argument("registry_key", metavar="REGISTRY_KEY", callback=_key("registry key"))
-@click.option("-p", "--port", type=_TARGET_PORT, required=True, help="TCP port of the service.")
-@click.option("-r", "--role", required=True, metavar="ROLE@VERSION")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Host of the service.")
-@click.option(
-    "--allow",
-    metavar="KEY",
-    multiple=True,
-    callback=_key("client key"),
-    help="Key of a client that may connect; repeatable. Without it, everybody may.",
-)
-@_seed_options
-@_network_options
-def service(
-    registry_key: bytes,
-    port: int,
-    role: str,
-    host: str,
-    allow: tuple[bytes, ...],
-    seed: bytes | None,
-    seed_file: str | None,
-    **network: Any,
-) -> None:
-    """Register the TCP service on PORT as ROLE@VERSION."""
-    from .actors import deployment, news
-
-    tree = deployment.service_tree(
-        _network(network),
-        registry_key,
-        role,
-        host=host,
-        port=port,
-        key_pair=_key_pair(seed, seed_file),
-        allow=frozenset(allow) or None,
-        show=news.service(_print),
+    tree = deployment.registry_tree(
+        endpoint,
+        pair,
+        news.registry(_print),
+        store=None if memory else options.registry_store(pair, data_dir),
+        allow_register=allow_register,
+        allow_query=allow_query,
+        control=options.control("registry", network, key=str(pair)),
     )
     _serve(tree)
 
 
 @cli.command()
-@click.argument("registry_key", metavar="REGISTRY_KEY", callback=_key("registry key"))
-@click.option("-p", "--port", type=_PORT, required=True, help="Local TCP port; 0 takes a free one.")
-@click.option("-r", "--role", required=True, metavar="ROLE@RANGE")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Local address to listen on.")
-@_seed_options
-@_network_options
-def proxy(
-    registry_key: bytes,
+@options.registry_keys
+@click.option(
+    "-p", "--port", type=options.TARGET_PORT, required=True, help="TCP port of the service."
+)
+@click.option("-r", "--role", required=True, metavar="ROLE@VERSION")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Host of the service.")
+@click.option("-t", "--tag", "tags", multiple=True, metavar="TEXT", help="A tag; repeatable.")
+@click.option(
+    "--metadata",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What else clients are told of the service; repeatable.",
+)
+@click.option(
+    "--allow",
+    metavar="KEY|FILE",
+    multiple=True,
+    callback=options.keys_or_files("client key"),
+    help="Key of a client that may connect; repeatable. A file has one key a line. Without it, "
+    "everybody may.",
+)
+@click.option(
+    "--health-check",
+    metavar="tcp|http:PATH",
+    help="Register the service only while it answers.",
+)
+@click.option(
+    "--health-interval",
+    type=click.FloatRange(0.1, 3600),
+    default=5.0,
+    show_default=True,
+    help="Seconds between checks.",
+)
+@click.option(
+    "--health-threshold",
+    type=click.IntRange(1, 1000),
+    default=3,
+    show_default=True,
+    help="Checks that fail one after the other until the service counts as down.",
+)
+@options.seed
+@options.network
+def service(
+    registry_keys: tuple[bytes, ...],
     port: int,
     role: str,
     host: str,
+    tags: tuple[str, ...],
+    metadata: tuple[str, ...],
+    allow: frozenset[bytes] | None,
+    health_check: str | None,
+    health_interval: float,
+    health_threshold: int,
+    seed: bytes | None,
+    seed_file: str | None,
+    **network: Any,
+) -> None:
+    """Register the TCP service on PORT as ROLE@VERSION, with each of the registries."""
+    from .actors import deployment, news
+
+    check = None
+    if health_check is not None:
+        from .actors import health
+
+        check = health.HealthArgs(
+            host, port, health.parse(health_check), health_interval, health_threshold
+        )
+    tree = deployment.service_tree(
+        options.endpoint(network),
+        registry_keys,
+        role,
+        host=host,
+        port=port,
+        key_pair=options.key_pair(seed, seed_file),
+        allow=allow,
+        show=news.service(_print),
+        tags=tags,
+        metadata=options.pairs(metadata),
+        health=check,
+        control=options.control("service", network, role=role, port=port),
+    )
+    _serve(tree)
+
+
+@cli.command()
+@options.registry_keys
+@click.option(
+    "-p", "--port", type=options.PORT, required=True, help="Local TCP port; 0 takes a free one."
+)
+@click.option("-r", "--role", required=True, metavar="ROLE@RANGE")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Local address to listen on.")
+@click.option(
+    "--balance",
+    type=click.Choice(options.BALANCES),
+    default="highest",
+    show_default=True,
+    help="Which of several services that match a connection goes to.",
+)
+@click.option(
+    "--connect-timeout",
+    type=click.FloatRange(0.1, 3600),
+    default=10.0,
+    show_default=True,
+    help="Seconds in which a connection must have reached a service.",
+)
+@click.option(
+    "--no-wait", is_flag=True, help="Close a connection at once when no service is known."
+)
+@click.option(
+    "--verified-only",
+    is_flag=True,
+    help="Use only services that have signed their registration with their own key.",
+)
+@options.seed
+@options.network
+def proxy(
+    registry_keys: tuple[bytes, ...],
+    port: int,
+    role: str,
+    host: str,
+    balance: str,
+    connect_timeout: float,
+    no_wait: bool,
+    verified_only: bool,
     seed: bytes | None,
     seed_file: str | None,
     **network: Any,
@@ -215,13 +255,18 @@ def proxy(
     from .actors import deployment, news
 
     tree = deployment.proxy_tree(
-        _network(network),
-        registry_key,
+        options.endpoint(network),
+        registry_keys,
         role,
         host=host,
         port=port,
-        key_pair=_key_pair(seed, seed_file),
+        key_pair=options.key_pair(seed, seed_file),
         show=news.proxy(_print, role),
+        balance=balance,
+        connect_timeout=connect_timeout,
+        wait=not no_wait,
+        verified_only=verified_only,
+        control=options.control("proxy", network, role=role, port=port),
     )
     _serve(tree)
 
@@ -230,7 +275,7 @@ def proxy(
 @click.option("--host", help="Address to serve on, as others reach it.  [default: 127.0.0.1]")
 @click.option(
     "--port",
-    type=_PORT,
+    type=options.PORT,
     default=49737,
     show_default=True,
     help="UDP port of the first node, the others take the following ones; 0 takes free ones.",
@@ -240,28 +285,99 @@ def proxy(
     type=click.IntRange(1, 64),
     help="Nodes in this process.  [default: 4; 1 with --bootstrap]",
 )
-@_network_options
+@options.network
 def dht(host: str | None, port: int, nodes: int | None, **network: Any) -> None:
     """Serve DHT nodes: without --bootstrap, the seed of a private network."""
     from .actors import deployment, news
 
-    bootstrap = _bootstrap(network) or ()
+    options.log_to(network)
+    bootstrap = options.bootstrap(network) or ()
     nodes = nodes or (1 if bootstrap else deployment.SEED_NODES)
     tree = deployment.dht_tree(
-        bootstrap, host=host, port=port, nodes=nodes, show=news.dht(_print, nodes)
+        bootstrap,
+        host=host,
+        port=port,
+        nodes=nodes,
+        show=news.dht(_print, nodes),
+        control=options.control("dht", network),
     )
-    _log_to(network)
     _serve(tree)
 
 
 @cli.command()
-@_log_options
+@options.logs
 def demo(**network: Any) -> None:
     """Run the whole thing on this machine: DHT, registry, service, proxy, and one request."""
     from .actors import demo as demonstration
 
-    _log_to(network)
+    options.log_to(network)
     sys.exit(demonstration.run(_print))
+
+
+@cli.command("list")
+@options.registry_key
+@click.argument("role", metavar="[ROLE@RANGE]", required=False)
+@options.as_json
+@click.option("--watch", is_flag=True, help="Go on, and show each change.")
+@options.network
+def list_(
+    registry_key: bytes,
+    role: str | None,
+    as_json: bool,
+    watch: bool,
+    **network: Any,
+) -> None:
+    """List the services that a registry knows, or those of ROLE@RANGE."""
+    import asyncio
+
+    from .actors import api
+    from .commands import listing
+
+    endpoint = options.endpoint(network)
+    lists = api.services(role, registry=registry_key, watch=watch, bootstrap=endpoint.bootstrap)
+    asyncio.run(listing.show(lists, as_json=as_json, watch=watch))
+
+
+@cli.command()
+@options.as_json
+@options.where
+def status(**asked: Any) -> None:
+    """Show what the programs of this machine do."""
+    from .commands import looking
+
+    sys.exit(looking.status(**asked))
+
+
+@cli.command()
+@options.as_json
+@options.where
+def tree(**asked: Any) -> None:
+    """Show the living actors, how often each was restarted, and why."""
+    from .commands import looking
+
+    sys.exit(looking.tree(**asked))
+
+
+@cli.command()
+@click.argument("role", metavar="[ROLE@RANGE]", required=False)
+@options.as_json
+@options.where
+def why(role: str | None, **asked: Any) -> None:
+    """Show why a proxy takes each known instance, or passes it over."""
+    from .commands import looking
+
+    sys.exit(looking.why(role, **asked))
+
+
+@cli.command()
+@click.argument("path", metavar="PATH")
+@options.as_json
+@options.where
+def kill(path: str, **asked: Any) -> None:
+    """Kill an actor, such as /node/link, to see the tree heal."""
+    from .commands import looking
+
+    sys.exit(looking.kill(path, **asked))
 
 
 def _print(line: str) -> None:
@@ -280,82 +396,6 @@ def _serve(tree: SupervisorSpec) -> None:
     if reason is not None:
         click.echo(f"hyperseaport: {reason}", err=True)
         sys.exit(FAILURE)
-
-
-def _key_pair(seed: bytes | None, seed_file: str | None) -> keys.KeyPair | None:
-    """The identity that was asked for, the command line before the file before the environment."""
-    if seed is None and seed_file is not None:
-        seed = keys.parse_key(_read(seed_file), f"seed in {seed_file}")
-    if seed is None and os.environ.get("HYPERSEAPORT_SEED"):
-        seed = keys.parse_key(os.environ["HYPERSEAPORT_SEED"], "seed in HYPERSEAPORT_SEED")
-    return None if seed is None else keys.KeyPair.from_seed(seed)
-
-
-def _read(seed_file: str) -> str:
-    """The beginning of a file that may be anything."""
-    try:
-        with open(seed_file, errors="replace") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            text = file.read(MAX_SEED_FILE)
-    except OSError as error:
-        raise InvalidInput(f"cannot read {seed_file}: {error.strerror}") from error
-    if stat.S_ISREG(mode) and mode & 0o077:
-        import structlog
-
-        structlog.get_logger().warning(
-            "others can read the seed", file=seed_file, advice=f"chmod 600 {seed_file}"
-        )
-    return text
-
-
-def _bootstrap(network: dict[str, Any]) -> tuple[str, ...] | None:
-    """What was asked for; None for the public network. Raises `InvalidInput`."""
-    from .transport.dht.endpoint import parse_address
-
-    given = network["bootstrap"]
-    if not given:
-        parts = os.environ.get("HYPERSEAPORT_BOOTSTRAP", "").split(",")
-        given = [part.strip() for part in parts if part.strip()]
-    for text in given:
-        parse_address(text)
-    return tuple(given) or None
-
-
-def _network(network: dict[str, Any]) -> EndpointConfig:
-    from .transport.dht.endpoint import EndpointConfig
-
-    _log_to(network)
-    bootstrap = _bootstrap(network)
-    if bootstrap is None:
-        return EndpointConfig()
-    return EndpointConfig(bootstrap=bootstrap)
-
-
-def _log_to(options: dict[str, Any]) -> None:
-    """Logs go to standard error, standard output belongs to what users and scripts read."""
-    import logging
-
-    import structlog
-
-    renderer: Any
-    if options["log_format"] == "json":
-        renderer = structlog.processors.JSONRenderer()
-    else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.StackInfoRenderer(),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(
-            getattr(logging, options["log_level"].upper())
-        ),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
 
 
 if __name__ == "__main__":

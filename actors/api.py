@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self, cast
 
-from ..supervisor import Supervisor, SupervisorSpec
+from ..supervisor import ChildSpec, Supervisor, SupervisorSpec
 from ..transport.channel import Channel
 from ..transport.dht.endpoint import PUBLIC_BOOTSTRAP, EndpointConfig
 from ..transport.errors import Closed, ConnectError, PeerNotFound
 from ..transport.keys import KeyPair, parse_key
 from . import deployment
 from .actor import ActorAddress, ActorGone, Crashed
+from .health import HealthArgs
+from .lister import Lister, ListerArgs
 from .messages import (
     Connect,
     Connected,
@@ -26,6 +29,7 @@ from .messages import (
     ServiceRecord,
 )
 from .registry import roles
+from .resolver import Resolver, ResolverArgs
 from .system import ActorRuntime
 
 #: A 32-byte key or seed, or its 64 hexadecimal digits.
@@ -83,7 +87,9 @@ class Deployment:
 
     async def metrics(self) -> Mapping[str, int]:
         """What its DHT node has counted since the start and holds now, by dotted names."""
-        endpoint = self.runtime.find("/root/endpoint") or self.runtime.find("/root/node-0")
+        endpoint = self.runtime.find("/root/node/endpoint") or self.runtime.find(
+            "/root/node/node-0"
+        )
         if endpoint is None:
             raise Closed("the deployment has no node at the moment: ask again")
         measured: Measured = await self.runtime.call(endpoint, Measure())
@@ -149,14 +155,29 @@ class DHT(Deployment):
 
 
 class Registry(Deployment):
-    """A registry under the key of ``seed``, or under a new one."""
+    """A registry under the key of ``seed``, or under a new one. With a ``store``, a file that is
+    made if there is none, its registrations survive it. ``allow_register`` and ``allow_query`` are
+    the keys that may do so; everybody may without."""
 
     def __init__(
-        self, *, seed: Key | None = None, bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP
+        self,
+        *,
+        seed: Key | None = None,
+        store: Path | str | None = None,
+        allow_register: Sequence[Key] | None = None,
+        allow_query: Sequence[Key] | None = None,
+        bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP,
     ) -> None:
         super().__init__()
         self.key_pair = _key_pair(seed) or KeyPair.generate()
-        self._endpoint = EndpointConfig(bootstrap=tuple(bootstrap))
+        self._spec = deployment.registry_tree(
+            EndpointConfig(bootstrap=tuple(bootstrap)),
+            self.key_pair,
+            self._show,
+            store=None if store is None else Path(store),
+            allow_register=_clients(allow_register),
+            allow_query=_clients(allow_query),
+        )
 
     @property
     def public_key(self) -> bytes:
@@ -164,7 +185,7 @@ class Registry(Deployment):
         return self.key_pair.public_key
 
     def _tree(self) -> SupervisorSpec:
-        return deployment.registry_tree(self._endpoint, self.key_pair, self._show)
+        return self._spec
 
 
 class Service(Deployment):
@@ -175,24 +196,30 @@ class Service(Deployment):
         self,
         role: str,
         *,
-        registry: Key,
+        registry: Key | Sequence[Key],
         port: int,
         host: str = "127.0.0.1",
         seed: Key | None = None,
         allow: Sequence[Key] | None = None,
+        tags: Sequence[str] = (),
+        metadata: Mapping[str, str] | None = None,
+        health: HealthArgs | None = None,
         bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP,
     ) -> None:
         super().__init__()
         self.key_pair = _key_pair(seed) or KeyPair.generate()
         self._spec = deployment.service_tree(
             EndpointConfig(bootstrap=tuple(bootstrap)),
-            _bytes(registry, "registry key"),
+            _keys(registry),
             role,
             host=host,
             port=port,
             key_pair=self.key_pair,
-            allow=None if allow is None else frozenset(_bytes(key, "client key") for key in allow),
+            allow=_clients(allow),
             show=self._show,
+            tags=tags,
+            metadata=metadata,
+            health=health,
         )
 
     def _tree(self) -> SupervisorSpec:
@@ -216,21 +243,29 @@ class Proxy(Deployment):
         self,
         role: str,
         *,
-        registry: Key,
+        registry: Key | Sequence[Key],
         port: int = 0,
         host: str = "127.0.0.1",
         seed: Key | None = None,
+        balance: str = "highest",
+        connect_timeout: float = 10.0,
+        wait: bool = True,
+        verified_only: bool = False,
         bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP,
     ) -> None:
         super().__init__()
         self._spec = deployment.proxy_tree(
             EndpointConfig(bootstrap=tuple(bootstrap)),
-            _bytes(registry, "registry key"),
+            _keys(registry),
             role,
             host=host,
             port=port,
             key_pair=_key_pair(seed),
             show=self._show,
+            balance=balance,
+            connect_timeout=connect_timeout,
+            wait=wait,
+            verified_only=verified_only,
         )
 
     def _tree(self) -> SupervisorSpec:
@@ -249,7 +284,7 @@ class Proxy(Deployment):
 async def connect(
     role: str,
     *,
-    registry: Key,
+    registry: Key | Sequence[Key],
     seed: Key | None = None,
     bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP,
     timeout: float | None = 30.0,
@@ -262,8 +297,9 @@ async def connect(
     of those who match can be reached.
     """
     meta = roles.to_find(role)
+    resolver = ChildSpec("resolver", Resolver, ResolverArgs(meta))
     tree = deployment.client_tree(
-        EndpointConfig(bootstrap=tuple(bootstrap)), _bytes(registry, "registry key"), meta
+        EndpointConfig(bootstrap=tuple(bootstrap)), _keys(registry), resolver
     )
     runtime = ActorRuntime()
     await runtime.__aenter__()
@@ -285,10 +321,67 @@ async def connect(
     return reader, _Writer(channel, protocol, reader, loop)
 
 
+async def services(
+    role: str | None = None,
+    *,
+    registry: Key | Sequence[Key],
+    watch: bool = False,
+    bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP,
+) -> AsyncIterator[tuple[ServiceRecord, ...]]:
+    """The services that match ``role`` (``name@range``), or all, as one list; with ``watch``, such
+    a list again at each change.
+
+    Raises `InvalidInput`, and `ConnectError` when no registry can tell.
+    """
+    lists: asyncio.Queue[tuple[ServiceRecord, ...]] = asyncio.Queue()
+    args = ListerArgs(None if role is None else roles.to_find(role), lists.put_nowait, watch)
+    tree = deployment.client_tree(
+        EndpointConfig(bootstrap=tuple(bootstrap)),
+        _keys(registry),
+        ChildSpec("lister", Lister, args, restart="temporary"),
+    )
+    async with ActorRuntime() as runtime:
+        root = runtime.spawn(Supervisor, tree, name="root")
+        await _ready(runtime, root)
+        lister = runtime.find("/root/node/lister")
+        before: tuple[ServiceRecord, ...] | None = None
+        while True:
+            if lister is None:
+                raise ConnectError("the node stopped while it started: try again")
+            records = await _next(runtime, lister, lists)
+            if records != before:
+                yield records
+            before = records
+            if not watch:
+                return
+
+
+async def _next(
+    runtime: ActorRuntime,
+    lister: ActorAddress,
+    lists: asyncio.Queue[tuple[ServiceRecord, ...]],
+) -> tuple[ServiceRecord, ...]:
+    """The next list. Raises what the lister died of."""
+    told = asyncio.ensure_future(lists.get())
+    ended = asyncio.ensure_future(runtime.stopped(lister))
+    try:
+        await asyncio.wait((told, ended), return_when=asyncio.FIRST_COMPLETED)
+        if told.done():
+            return told.result()
+        reason = ended.result()
+        if isinstance(reason, Crashed) and isinstance(reason.exception, Exception):
+            raise reason.exception
+        raise ConnectError(f"the node stopped ({reason}): try again")
+    finally:
+        told.cancel()
+        ended.cancel()
+
+
 async def _reach(runtime: ActorRuntime, tree: SupervisorSpec, pair: KeyPair | None) -> Channel:
     root = runtime.spawn(Supervisor, tree, name="root")
     await _ready(runtime, root)
-    resolver, endpoint = runtime.find("/root/resolver"), runtime.find("/root/endpoint")
+    resolver = runtime.find("/root/node/resolver")
+    endpoint = runtime.find("/root/node/endpoint")
     if resolver is None or endpoint is None:
         raise ConnectError("the node stopped while it started: try again")
     services: tuple[ServiceRecord, ...] = ()
@@ -344,6 +437,16 @@ async def _ready(runtime: ActorRuntime, root: ActorAddress) -> None:
 
 def _bytes(key: Key, what: str) -> bytes:
     return parse_key(key if isinstance(key, str) else key.hex(), what)
+
+
+def _keys(registry: Key | Sequence[Key]) -> tuple[bytes, ...]:
+    """The keys of one registry or of several."""
+    several = (registry,) if isinstance(registry, bytes | str) else registry
+    return tuple(_bytes(key, "registry key") for key in several)
+
+
+def _clients(keys: Sequence[Key] | None) -> frozenset[bytes] | None:
+    return None if keys is None else frozenset(_bytes(key, "client key") for key in keys)
 
 
 def _key_pair(seed: Key | None) -> KeyPair | None:

@@ -1,13 +1,19 @@
 """The trees that the commands and the Python API boot, and the loop that runs one in the
 foreground.
 
-    root  rest_for_one
+    root  one_for_one
     |- console             shows news
-    |- endpoint            the DHT node
-    |- registry            table, sessions, server, replica       (registry)
-    |- link                the session with the registry          (service, proxy)
-    |- service:ROLE@VERSION  pipes, announcement                  (service)
-    `- proxy:PORT          resolver, pipes, listener              (proxy)
+    |- control             the control socket
+    `- node  rest_for_one
+       |- endpoint         the DHT node
+       |- registry         table, sessions, server, replica       (registry)
+       |- pipes            one a connection                       (service, proxy)
+       |- links            the session with each registry         (service, proxy)
+       |- link             the directory: all registries as one   (service, proxy)
+       |- service:ROLE@VERSION  listener, health, announcement    (service)
+       `- proxy:PORT       resolver, listener                     (proxy)
+
+Pipes need nothing but the endpoint, and are elder than all that may fail without harming them.
 """
 
 from __future__ import annotations
@@ -16,11 +22,14 @@ import asyncio
 import gc
 import ipaddress
 import os
+import secrets
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 from ..supervisor import ChildSpec, Supervisor, SupervisorSpec
 from ..transport.dht.endpoint import EndpointConfig
@@ -28,16 +37,16 @@ from ..transport.errors import HyperseaportError, InvalidInput, LocalError
 from ..transport.keys import KeyPair
 from .actor import Crashed, ExitReason
 from .console import Console
+from .control import Control, ControlArgs
 from .endpoint import EndpointActor
+from .health import Health, HealthArgs
 from .pipe import DRAIN, Pipe
 from .proxy import ProxyArgs, ProxyListener
-from .registry import replica, roles
+from .registry import roles
+from .registry.directory import Directory, link_id
 from .registry.link import Link, LinkArgs
-from .registry.replica import Replica
-from .registry.server import RegistryServer, ServerArgs, Session
-from .registry.table import TableActor
-from .resolver import Resolver
-from .service import Announcement, ServiceArgs
+from .resolver import Resolver, ResolverArgs
+from .service import Announcement, AnnouncementArgs, ListenerArgs, ServiceListener
 from .system import ActorRuntime
 
 Show = Callable[[object], None]
@@ -50,8 +59,14 @@ SEED_NODES = 4
 NEWCOMER_DELAY = 0.02
 #: Seconds in which an endpoint must have bootstrapped. Without any network it takes about 6.
 ENDPOINT_READY = 30.0
+#: Seconds in which a control socket must have been made.
+CONTROL_READY = 5.0
+#: Seconds in which a registry's table must have been read: the largest takes a few.
+TABLE_READY = 60.0
 #: Seconds in which a first announcement must have succeeded, an unreachable network included.
 LISTEN_READY = 60.0
+#: Seconds in which all of a node's children must have come up for the first time.
+NODE_READY = 2 * (ENDPOINT_READY + LISTEN_READY)
 #: Seconds that all children of a tree may take to end, the drain of its pipes included.
 SHUTDOWN = 15.0
 #: The same for the pipes of one service or proxy.
@@ -64,30 +79,45 @@ GC_THRESHOLDS = (20_000, 20, 20)
 MAX_PIPES = 65_536
 
 
-def registry_tree(endpoint: EndpointConfig, key_pair: KeyPair, show: Show) -> SupervisorSpec:
-    """A registry under the key pair."""
-    log_key = replica.log_key(key_pair)
+def registry_tree(
+    endpoint: EndpointConfig,
+    key_pair: KeyPair,
+    show: Show,
+    *,
+    store: Path | None = None,
+    allow_register: frozenset[bytes] | None = None,
+    allow_query: frozenset[bytes] | None = None,
+    control: ControlArgs | None = None,
+) -> SupervisorSpec:
+    """A registry under the key pair, which keeps its registrations in ``store`` if that is given,
+    and takes them from everybody who is not kept out by ``allow_register``; likewise with
+    queries."""
+    # Only a registry needs SQLite, which takes a while to load.
+    from .registry import replica
+    from .registry.server import RegistryServer, ServerArgs, Session
+    from .registry.table import TableActor, TableArgs
+
+    server = ServerArgs(
+        key_pair,
+        replica.log_key(key_pair),
+        allow_register=allow_register,
+        allow_query=allow_query,
+    )
     registry = SupervisorSpec(
         "rest_for_one",
         (
-            ChildSpec("table", TableActor),
+            ChildSpec("table", TableActor, TableArgs(store), wait_ready=TABLE_READY),
             ChildSpec("sessions", Supervisor, _each(ChildSpec("session", Session))),
-            ChildSpec(
-                "server", RegistryServer, ServerArgs(key_pair, log_key), wait_ready=LISTEN_READY
-            ),
-            ChildSpec("replica", Replica, key_pair),
+            ChildSpec("server", RegistryServer, server, wait_ready=LISTEN_READY),
+            ChildSpec("replica", replica.Replica, key_pair),
         ),
     )
-    return _root(
-        ChildSpec("console", Console, show),
-        _endpoint(endpoint),
-        _group("registry", registry),
-    )
+    return _root(show, control, _endpoint(endpoint), _group("registry", registry))
 
 
 def service_tree(
     endpoint: EndpointConfig,
-    registry_key: bytes,
+    registry_keys: Sequence[bytes],
     role: str,
     *,
     host: str,
@@ -95,35 +125,48 @@ def service_tree(
     key_pair: KeyPair | None,
     allow: frozenset[bytes] | None,
     show: Show,
+    tags: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
+    health: HealthArgs | None = None,
+    control: ControlArgs | None = None,
 ) -> SupervisorSpec:
-    """The TCP service at ``host``:``port``, registered as ``role`` (``name@version``). Raises
-    `InvalidInput` for a role that cannot be registered."""
-    meta = roles.to_register(role)
-    args = ServiceArgs(key_pair or KeyPair.generate(), meta, host, port, allow)
-    service = SupervisorSpec(
-        "rest_for_one",
-        (
-            _pipes(),
-            ChildSpec("announcement", Announcement, args, wait_ready=LISTEN_READY),
-        ),
-    )
+    """The TCP service at ``host``:``port``, registered with each registry as ``role``
+    (``name@version``), and only while it is healthy if its health is watched. Raises `InvalidInput`
+    for a role that cannot be registered."""
+    meta = roles.to_register(role, tags)
+    if metadata:
+        meta["metadata"] = dict(metadata)
+    pair = key_pair or KeyPair.generate()
+    listener = ListenerArgs(pair, host, port, allow)
+    announcement = AnnouncementArgs(pair, meta, secrets.token_hex(16))
+    service = [ChildSpec("listener", ServiceListener, listener, wait_ready=LISTEN_READY)]
+    if health is not None:
+        service.append(ChildSpec("health", Health, health))
+    service.append(ChildSpec("announcement", Announcement, announcement))
     return _root(
-        ChildSpec("console", Console, show),
+        show,
+        control,
         _endpoint(endpoint),
-        ChildSpec("link", Link, LinkArgs(registry_key)),
-        _group(f"service:{role}", service),
+        _pipes(),
+        *_links(registry_keys),
+        _group(f"service:{role}", SupervisorSpec("rest_for_one", tuple(service))),
     )
 
 
 def proxy_tree(
     endpoint: EndpointConfig,
-    registry_key: bytes,
+    registry_keys: Sequence[bytes],
     role: str,
     *,
     host: str,
     port: int,
     key_pair: KeyPair | None,
     show: Show,
+    balance: str = "highest",
+    connect_timeout: float = 10.0,
+    wait: bool = True,
+    verified_only: bool = False,
+    control: ControlArgs | None = None,
 ) -> SupervisorSpec:
     """A local TCP port for whatever service matches ``role`` (``name@range``). Raises
     `InvalidInput` for a role that nothing can match."""
@@ -133,34 +176,43 @@ def proxy_tree(
         # Known before the listener runs, so that one that is restarted comes back where its
         # clients know it.
         port = _free_ports(socket.SOCK_STREAM, host, 1)[0]
-    args = ProxyArgs(host, port, key_pair or KeyPair.generate(), chosen)
+    pair = key_pair or KeyPair.generate()
+    resolver = ResolverArgs(
+        meta, balance, verified_only, pair.public_key, patience=connect_timeout, wait=wait
+    )
+    args = ProxyArgs(host, port, pair, chosen, connect_timeout)
     proxy = SupervisorSpec(
         "rest_for_one",
         (
-            ChildSpec("resolver", Resolver, meta),
-            _pipes(),
+            ChildSpec("resolver", Resolver, resolver),
             ChildSpec("listener", ProxyListener, args, wait_ready=LISTEN_READY),
         ),
     )
     return _root(
-        ChildSpec("console", Console, show),
+        show,
+        control,
         _endpoint(endpoint),
-        ChildSpec("link", Link, LinkArgs(registry_key)),
+        _pipes(),
+        *_links(registry_keys),
         _group(f"proxy:{port}", proxy),
     )
 
 
-def client_tree(endpoint: EndpointConfig, registry_key: bytes, meta: roles.Meta) -> SupervisorSpec:
-    """What one connection to a service needs: the way to find it."""
-    return _root(
-        _endpoint(endpoint),
-        ChildSpec("link", Link, LinkArgs(registry_key)),
-        ChildSpec("resolver", Resolver, meta),
-    )
+def client_tree(
+    endpoint: EndpointConfig, registry_keys: Sequence[bytes], child: ChildSpec
+) -> SupervisorSpec:
+    """What it takes to find services, and the one who looks for them."""
+    return _root(None, None, _endpoint(endpoint), *_links(registry_keys), child)
 
 
 def dht_tree(
-    bootstrap: tuple[str, ...], *, host: str | None, port: int, nodes: int, show: Show
+    bootstrap: tuple[str, ...],
+    *,
+    host: str | None,
+    port: int,
+    nodes: int,
+    show: Show,
+    control: ControlArgs | None = None,
 ) -> SupervisorSpec:
     """DHT nodes on following ports. Without ``bootstrap`` the first is the seed of a private
     network, which the others join; nodes with a ``host`` say that this is their address."""
@@ -180,7 +232,8 @@ def dht_tree(
             for config in configs[1:]
         ]
     return _root(
-        ChildSpec("console", Console, show),
+        show,
+        control,
         *(_endpoint(config, f"node-{number}") for number, config in enumerate(configs)),
     )
 
@@ -188,7 +241,19 @@ def dht_tree(
 def run(tree: SupervisorSpec) -> str | None:
     """Run a tree until it is told to stop (SIGINT or SIGTERM; a second one ends the process at
     once) or until it dies, and then return why, in one line."""
-    return asyncio.run(_run(tree))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_run(tree))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed, which takes a tenth less CPU; else asyncio's own."""
+    if os.environ.get("HYPERSEAPORT_LOOP") == "asyncio":
+        return None
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return None
+    return cast(Callable[[], asyncio.AbstractEventLoop], new_event_loop)
 
 
 async def _run(tree: SupervisorSpec) -> str | None:
@@ -219,8 +284,25 @@ def _one_line(reason: ExitReason) -> str:
     return reason.text
 
 
-def _root(*children: ChildSpec) -> SupervisorSpec:
-    return SupervisorSpec("rest_for_one", children)
+def _root(show: Show | None, control: ControlArgs | None, *children: ChildSpec) -> SupervisorSpec:
+    beside: list[ChildSpec] = []
+    if show is not None:
+        beside.append(ChildSpec("console", Console, show))
+    if control is not None:
+        beside.append(ChildSpec("control", Control, control, wait_ready=CONTROL_READY))
+    node = SupervisorSpec("rest_for_one", children)
+    main = ChildSpec("node", Supervisor, node, shutdown=SHUTDOWN, wait_ready=NODE_READY)
+    return SupervisorSpec("one_for_one", (*beside, main))
+
+
+def _links(registry_keys: Sequence[bytes]) -> tuple[ChildSpec, ChildSpec]:
+    """The session with each registry, and the directory that makes one of them."""
+    keys = tuple(dict.fromkeys(registry_keys))
+    links = (ChildSpec(link_id(key), Link, LinkArgs(key)) for key in keys)
+    return (
+        ChildSpec("links", Supervisor, SupervisorSpec("one_for_one", tuple(links))),
+        ChildSpec("link", Directory, keys),
+    )
 
 
 def _endpoint(config: EndpointConfig, name: str = "endpoint") -> ChildSpec:

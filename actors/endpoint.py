@@ -13,6 +13,7 @@ from ..transport.dht.endpoint import Endpoint, EndpointConfig, Listener
 from ..transport.errors import HyperseaportError
 from ..transport.keys import KeyPair
 from .actor import Actor, Down, ExitReason, handles
+from .console import tell
 from .messages import (
     Accepted,
     Announced,
@@ -94,9 +95,7 @@ class EndpointActor(Actor):
             firewalled=node.firewalled,
             nodes=len(node.table),
         )
-        if "console" in self.context:
-            news = EndpointReady(self._node.address, len(node.table))
-            self.send(self.context["console"], news)
+        tell(self, EndpointReady(self._node.address, len(node.table)))
         self.ready()
 
     def on_stop(self, reason: ExitReason) -> None:

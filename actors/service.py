@@ -1,5 +1,4 @@
-"""The announcement of a service: listens under the service's key, keeps it registered, and turns
-each connection into a pipe."""
+"""A service: what listens under its key, and the announcement that keeps it registered."""
 
 from __future__ import annotations
 
@@ -13,14 +12,20 @@ from thespian.actors import ActorAddress
 from ..supervisor import ChildRefused, ChildStarted, StartChild
 from ..transport.keys import KeyPair
 from .actor import Actor, ActorGone, ExitReason, handles
+from .console import tell
 from .messages import (
     Accepted,
+    Describe,
+    Described,
+    Follow,
+    HealthChanged,
     Listen,
     ListenFailed,
     Register,
     Registered,
     RegistrationRefused,
     ServiceListening,
+    ServiceUnhealthy,
     Unlisten,
     Unregister,
 )
@@ -28,12 +33,10 @@ from .pipe import ServicePipe
 
 
 @dataclass(frozen=True, slots=True)
-class ServiceArgs:
-    """What is served, and to whom."""
+class ListenerArgs:
+    """Who is served, and to whom."""
 
     key_pair: KeyPair
-    #: Role, version and tags, as registered.
-    meta: Mapping[str, Any]
     #: The TCP service.
     host: str
     port: int
@@ -41,12 +44,16 @@ class ServiceArgs:
     allow: frozenset[bytes] | None = None
 
 
-class Announcement(Actor):
-    """Args: `ServiceArgs`. Context: ``endpoint``, ``link``, ``pipes``, ``console``. Ready when the
-    DHT knows the key; the registration follows when there is a registry."""
+class ServiceListener(Actor):
+    """Listens under the service's key, and turns each connection into a pipe.
 
-    def on_start(self, args: ServiceArgs) -> None:
+    Args: `ListenerArgs`. Context: ``endpoint``, ``pipes``. Ready when the DHT knows the key.
+    """
+
+    def on_start(self, args: ListenerArgs) -> None:
         self._args = args
+        self._accepted_count = 0
+        self._refused_count = 0
         self.run(self._listen())
 
     async def _listen(self) -> None:
@@ -56,23 +63,13 @@ class Announcement(Actor):
         )
         if isinstance(answer, ListenFailed):
             raise answer.error
-        self.send(self.context["console"], ServiceListening(args.key_pair.public_key))
-        self.send(self.context["link"], Register(args.meta, args.key_pair.public_key))
+        tell(self, ServiceListening(args.key_pair.public_key))
         self.ready()
-
-    @handles(Registered)
-    def _registered(self, message: Registered, _sender: ActorAddress) -> None:
-        self.log.info("registered", role=message.meta.get("role"))
-        self.send(self.context["console"], message)
-
-    @handles(RegistrationRefused)
-    def _refused(self, message: RegistrationRefused, _sender: ActorAddress) -> None:
-        self.send(self.context["console"], message)
 
     @handles(Accepted)
     def _accepted(self, message: Accepted, _sender: ActorAddress) -> None:
-        channel = message.channel
-        pipe = ServicePipe(channel, self._args.host, self._args.port)
+        self._accepted_count += 1
+        pipe = ServicePipe(message.channel, self._args.host, self._args.port)
         self.send(self.context["pipes"], StartChild(pipe))
 
     @handles(ChildStarted)
@@ -81,17 +78,125 @@ class Announcement(Actor):
 
     @handles(ChildRefused)
     def _pipe_refused(self, message: ChildRefused, _sender: ActorAddress) -> None:
+        self._refused_count += 1
         self.log.warning("connection refused", reason=message.reason)
         if message.args is not None:
             cast(ServicePipe, message.args).channel.abort()
+
+    @handles(Describe)
+    def _describe(self, _message: Describe, sender: ActorAddress) -> None:
+        args = self._args
+        fields = {
+            "key": args.key_pair.public_key.hex(),
+            "target": f"{args.host}:{args.port}",
+            "allowed": None if args.allow is None else len(args.allow),
+            "accepted": self._accepted_count,
+            "refused": self._refused_count,
+        }
+        self.send(sender, Described(fields))
 
     def on_stop(self, reason: ExitReason) -> None:
         self.run(self._withdraw(reason))
 
     async def _withdraw(self, reason: ExitReason) -> None:
-        """No new clients: the registry forgets us first, then the DHT."""
-        args = self._args
-        self.send(self.context["link"], Unregister(args.meta, args.key_pair.public_key))
+        """The registry has forgotten us by now; then the DHT does."""
         with contextlib.suppress(ActorGone):
-            await self.call(self.context["endpoint"], Unlisten(args.key_pair.public_key))
+            await self.call(self.context["endpoint"], Unlisten(self._args.key_pair.public_key))
+        self.stop(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncementArgs:
+    """What is registered."""
+
+    key_pair: KeyPair
+    #: Role, version and tags, as registered.
+    meta: Mapping[str, Any]
+    #: 32 hexadecimal digits that tell this run of the program from others with the same key.
+    instance: str = ""
+
+
+class Announcement(Actor):
+    """Keeps the service registered while it is healthy.
+
+    Args: `AnnouncementArgs`. Context: ``link``; ``health`` when the TCP target is watched, and then
+    nothing is registered before it was found healthy.
+    """
+
+    def on_start(self, args: AnnouncementArgs) -> None:
+        self._args = args
+        self._healthy: bool | None = None
+        self._health_reason = ""
+        self._answers: dict[bytes, Mapping[str, Any]] = {}
+        if "health" in self.context:
+            self.send(self.context["health"], Follow())
+        else:
+            self._register()
+        self.ready()
+
+    def _register(self) -> None:
+        args = self._args
+        self.send(
+            self.context["link"],
+            Register(args.meta, args.key_pair.public_key, args.key_pair, args.instance),
+        )
+
+    def _unregister(self) -> None:
+        self._answers.clear()
+        self.send(self.context["link"], Unregister(self._args.meta, self._args.key_pair.public_key))
+
+    @handles(HealthChanged)
+    def _health(self, message: HealthChanged, _sender: ActorAddress) -> None:
+        was, self._healthy = self._healthy, message.healthy
+        self._health_reason = message.reason
+        if message.healthy and not was:
+            self._register()
+        elif not message.healthy:
+            self.log.warning("service unhealthy", reason=message.reason)
+            tell(self, ServiceUnhealthy(message.reason))
+            if was:
+                self._unregister()
+
+    @handles(Registered)
+    def _registered(self, message: Registered, _sender: ActorAddress) -> None:
+        self._answers[message.registry_key] = {
+            "registered": True,
+            "verified": message.verified,
+            "at": self.now,
+        }
+        self.log.info("registered", role=message.meta.get("role"))
+        tell(self, message)
+
+    @handles(RegistrationRefused)
+    def _refused(self, message: RegistrationRefused, _sender: ActorAddress) -> None:
+        self._answers[message.registry_key] = {
+            "registered": False,
+            "reason": message.text,
+            "at": self.now,
+        }
+        tell(self, message)
+
+    @handles(Describe)
+    def _describe(self, _message: Describe, sender: ActorAddress) -> None:
+        registries = {
+            key.hex(): {name: value for name, value in answer.items() if name != "at"}
+            | {"age": round(self.now - answer["at"], 1)}
+            for key, answer in self._answers.items()
+        }
+        fields: dict[str, Any] = {
+            "role": self._args.meta.get("role"),
+            "version": self._args.meta.get("version"),
+            "key": self._args.key_pair.public_key.hex(),
+            "instance": self._args.instance,
+            "registries": registries,
+        }
+        if self._healthy is not None:
+            fields["healthy"] = self._healthy
+            fields["health_reason"] = self._health_reason
+        self.send(sender, Described(fields))
+
+    def on_stop(self, reason: ExitReason) -> None:
+        """No new clients: the registries forget us before anybody stops listening."""
+        if self._healthy is not False:
+            self._unregister()
         self.stop(reason)

@@ -113,8 +113,10 @@ class NodeRegistry(Registry):
 class OurRegistry(Registry):
     kind = "ours"
 
-    def __init__(self, home: Path, bootstrap: str, *, seed: str) -> None:
-        arguments = ["registry", "--seed", seed, "--bootstrap", bootstrap]
+    def __init__(
+        self, home: Path, bootstrap: str, *, seed: str, options: Sequence[str] = ()
+    ) -> None:
+        arguments = ["registry", "--seed", seed, "--bootstrap", bootstrap, *options]
         self.process = ours("our registry", arguments, home, bootstrap=bootstrap)
 
     async def ready(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from hyperseaport.actors.endpoint import EndpointActor
-from hyperseaport.supervisor import SupervisorSpec
+from hyperseaport.supervisor import ChildSpec, SupervisorSpec
 from hyperseaport.testing.channels import MemoryChannel
 
 from .endpoint import MemoryEndpoint, MemoryNetwork
@@ -124,10 +124,12 @@ def descriptors() -> int:
 
 def in_memory(tree: SupervisorSpec, network: MemoryNetwork) -> SupervisorSpec:
     """The tree of a command, with its endpoint on a memory network."""
-    children = [
-        replace(child, actor=MemoryEndpoint, args=network)
-        if child.actor is EndpointActor
-        else child
-        for child in tree.children
-    ]
-    return replace(tree, children=tuple(children))
+
+    def adapted(child: ChildSpec) -> ChildSpec:
+        if child.actor is EndpointActor:
+            return replace(child, actor=MemoryEndpoint, args=network)
+        if isinstance(child.args, SupervisorSpec):
+            return replace(child, args=in_memory(child.args, network))
+        return child
+
+    return replace(tree, children=tuple(map(adapted, tree.children)))

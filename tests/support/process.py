@@ -7,11 +7,14 @@ it, and others go on to use it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +26,10 @@ from .waiting import until
 
 #: Lines kept of each process; a chatty one drops its oldest.
 LINES_KEPT = 2000
+
+#: Where programs make their control sockets, whose paths have to be short.
+RUNTIME = Path(tempfile.mkdtemp(prefix="hsp-"))
+atexit.register(shutil.rmtree, RUNTIME, ignore_errors=True)
 
 #: Every process that runs, or has run in the test that is being judged: for a failure's report.
 started: list[Process] = []
@@ -38,6 +45,7 @@ class Process:
     ) -> None:
         self.name = name
         self.command = [str(part) for part in command]
+        self.cwd = cwd
         self.lines: list[tuple[float, Stream, str]] = []
         self.closed = False
         self._begin = time.monotonic()
@@ -180,4 +188,5 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
     """The test's environment without what configures the programs, and with its own HOME."""
     ours = re.compile(r"(hyper)?seaport_|APPDATA$|XDG_|NODE_|PYTHON(?!PATH$)", re.IGNORECASE)
     kept = {name: value for name, value in os.environ.items() if not ours.match(name)}
-    return kept | {"HOME": str(home), "LC_ALL": "C.UTF-8"} | extra
+    own = {"HOME": str(home), "XDG_RUNTIME_DIR": str(RUNTIME), "LC_ALL": "C.UTF-8"}
+    return kept | own | extra

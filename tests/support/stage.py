@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from nacl.signing import SigningKey
 
-from .peers import OurDHT, OurProxy, OurRegistry, OurService, Peer, seed
+from .peers import OurDHT, OurProxy, OurRegistry, OurService, Peer, ours, seed
 from .process import Process, environment
 from .waiting import until
 
@@ -69,8 +69,17 @@ class Stage:
         self.key = network.registry.key
         self._processes: list[Process] = []
 
-    def registry(self, seed: str) -> OurRegistry:
-        return self._own(OurRegistry(self._place("registry"), self.bootstrap, seed=seed))
+    @property
+    def processes(self) -> list[Process]:
+        """All that were started, the oldest first."""
+        return list(self._processes)
+
+    def registry(
+        self, seed: str, *, home: Path | None = None, options: Sequence[str] = ()
+    ) -> OurRegistry:
+        """With a `home` that another one had, it finds what that one kept."""
+        place = home or self._place("registry")
+        return self._own(OurRegistry(place, self.bootstrap, seed=seed, options=options))
 
     def service(
         self, port: int, role: str, *, key: str | None = None, options: Sequence[str] = ()
@@ -91,6 +100,13 @@ class Stage:
         proxy = self.proxy(f"{name}@1.x")
         await proxy.ready()
         return service, proxy
+
+    async def command(self, *words: str | Path, deadline: float = 30.0) -> str:
+        """What a command of ours prints; it must exit with 0."""
+        done = ours("our command", words, self.home, bootstrap=self.bootstrap)
+        self._processes.append(done)
+        assert await done.exit(deadline=deadline) == 0, done.transcript()
+        return done.text("stdout")
 
     def run(self, name: str, command: Sequence[str | Path]) -> Process:
         """Any other program."""

@@ -28,6 +28,10 @@ OTHER = "ab" * 32
 THIRD = "cd" * 32
 KEY = "5b64a8956d8f2404c4f4b4e6f402ef439f610f7fe297718093641359130b0d45"
 LOCAL = "127.0.0.1:9"
+COMMANDS = (
+    *("seed", "registry", "service", "proxy", "dht", "demo"),
+    *("list", "status", "tree", "why", "kill"),
+)
 
 
 def pair(seed: str) -> KeyPair:
@@ -125,12 +129,12 @@ def test_without_a_command_it_helps(console: Console) -> None:
     assert console() in (0, 2)  # as click's versions do
     text = console.out + console.err
     assert text.startswith("Usage: hyperseaport")
-    for name in ("seed", "registry", "service", "proxy", "dht", "demo"):
+    for name in COMMANDS:
         assert f"\n  {name} " in text
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
-@pytest.mark.parametrize("name", ["", "seed", "registry", "service", "proxy", "dht", "demo"])
+@pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help(console: Console, name: str, option: str) -> None:
     assert console(*name.split(), option) == 0
     assert console.out.startswith(f"Usage: hyperseaport {name}".rstrip())
@@ -167,7 +171,7 @@ def test_installed_and_as_a_module_it_is_the_same() -> None:
         (["registry", "--seed", SEED, "--log-format", "xml"], "'xml' is not one of"),
         (["registry", "--seed-file", "missing"], "'missing' does not exist"),
         (["registry", "--seed-file", "."], "'.' is a directory"),
-        (["service"], "Missing argument 'REGISTRY_KEY'"),
+        (["service"], "Missing argument 'REGISTRY_KEY...'"),
         (["service", KEY, "-r", "a@1.0.0"], "Missing option '-p'"),
         (["service", KEY, "-p", "1"], "Missing option '-r'"),
         (["service", KEY[1:], "-p", "1", "-r", "a@1.0.0"], "a registry key has 64"),
@@ -283,7 +287,7 @@ def test_a_seed_is_never_a_number_and_of_any_case(console: Console, seed: str) -
 @pytest.mark.parametrize("key", [KEY.upper(), "1" * 64])
 def test_neither_is_a_registry_key(console: Console, key: str) -> None:
     console.accepts("service", key, "-p", "1", "-r", "a@1.0.0")
-    assert console.args("link").registry_key == bytes.fromhex(key)
+    assert console.args("link") == (bytes.fromhex(key),)
 
 
 @pytest.mark.parametrize("text", ["", "\n", f"--seed {SEED}\n", f"{SEED}\n{SEED}\n", "\x00\xff"])
@@ -371,13 +375,13 @@ def test_a_bad_part_of_the_environment(
 def test_service_options(console: Console) -> None:
     words = ["service", KEY, "-p5984", "-r", "couchdb@3.2.2", "--host", "192.0.2.9"]
     console.accepts(*words, "--allow", OTHER, "--allow", THIRD.upper())
-    args = console.args("announcement")
+    args = console.args("listener")
     assert (args.host, args.port) == ("192.0.2.9", 5984)
-    assert args.meta["hash"] == "couchdb|3.2.2|"
+    assert console.args("announcement").meta["hash"] == "couchdb|3.2.2|"
     assert args.allow == {bytes.fromhex(OTHER), bytes.fromhex(THIRD)}
-    assert console.args("link").registry_key.hex() == KEY
+    assert [key.hex() for key in console.args("link")] == [KEY]
     console.accepts("service", KEY, "--port", "5984", "--role", "couchdb@3.2.2")
-    args = console.args("announcement")
+    args = console.args("listener")
     assert (args.host, args.allow) == ("127.0.0.1", None)
 
 
@@ -385,14 +389,15 @@ def test_proxy_options(console: Console) -> None:
     console.accepts("proxy", KEY, "-p", "0", "-r", "couchdb@3.x", "--host", "127.0.0.2")
     args = console.args("listener")
     assert (args.host, args.chosen) == ("127.0.0.2", True)
-    assert console.args("resolver")["version"] == "3.x"
+    assert console.args("resolver").meta["version"] == "3.x"
     console.accepts("proxy", KEY, "-p", "5985", "-r", "couchdb")
     assert console.args("listener").host == "127.0.0.1"
 
 
 def test_dht_options(console: Console) -> None:
     def nodes() -> list[EndpointConfig]:
-        children = [child for child in console.trees[-1].children if child.actor is EndpointActor]
+        tree = console.args("node")
+        children = [child for child in tree.children if child.actor is EndpointActor]
         return [child.args for child in children]  # type: ignore[misc]
 
     console.accepts("dht", "--port", "40000")

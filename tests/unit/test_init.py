@@ -10,7 +10,10 @@ import pytest
 
 import hyperseaport
 
-NAMES = ["DHT", "HyperseaportError", "KeyPair", "Proxy", "Registry", "Service", "connect"]
+NAMES = [
+    *("DHT", "HyperseaportError", "KeyPair", "Proxy", "Registry", "Service"),
+    *("connect", "services"),
+]
 
 
 def loaded_by(code: str) -> set[str]:

@@ -26,6 +26,8 @@ from hyperseaport.actors.deployment import (
 from hyperseaport.actors.pipe import DRAIN
 from hyperseaport.actors.proxy import ProxyArgs
 from hyperseaport.actors.registry import roles
+from hyperseaport.actors.registry.directory import link_id
+from hyperseaport.actors.resolver import Resolver, ResolverArgs
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.supervisor import ChildSpec, Supervisor, SupervisorSpec
 from hyperseaport.transport.dht.endpoint import ANY_HOST, EndpointConfig
@@ -43,12 +45,12 @@ def show(_news: object) -> None:
 
 def service(role: str = "couchdb@3.2.2", **options: Any) -> SupervisorSpec:
     options = {"key_pair": None, "allow": None, "port": 5984} | options
-    return service_tree(CONFIG, KEY, role, host="127.0.0.1", show=show, **options)
+    return service_tree(CONFIG, (KEY,), role, host="127.0.0.1", show=show, **options)
 
 
 def proxy(role: str = "couchdb@3.x", **options: Any) -> SupervisorSpec:
     options = {"key_pair": None, "port": 5985} | options
-    return proxy_tree(CONFIG, KEY, role, host="127.0.0.1", show=show, **options)
+    return proxy_tree(CONFIG, (KEY,), role, host="127.0.0.1", show=show, **options)
 
 
 def dht(**options: Any) -> SupervisorSpec:
@@ -67,16 +69,25 @@ def _shape(child: ChildSpec) -> Any:
     return child.id
 
 
+def below_node(spec: SupervisorSpec) -> tuple[ChildSpec, ...]:
+    node = spec.children[-1]
+    assert node.id == "node"
+    assert isinstance(node.args, SupervisorSpec)
+    return node.args.children
+
+
 def each(child: str) -> list[Any]:
     return ["simple_one_for_one", child]
+
+
+def root(*below: Any, console: bool = True) -> list[Any]:
+    return ["one_for_one", *["console"][: int(console)], {"node": ["rest_for_one", *below]}]
 
 
 SHAPES = {
     "registry": (
         registry_tree(CONFIG, PAIR, show),
-        [
-            "rest_for_one",
-            "console",
+        root(
             "endpoint",
             {
                 "registry": [
@@ -87,33 +98,37 @@ SHAPES = {
                     "replica",
                 ]
             },
-        ],
+        ),
     ),
     "service": (
         service(),
-        [
-            "rest_for_one",
-            "console",
+        root(
             "endpoint",
+            {"pipes": each("pipe")},
+            {"links": ["one_for_one", link_id(KEY)]},
             "link",
-            {"service:couchdb@3.2.2": ["rest_for_one", {"pipes": each("pipe")}, "announcement"]},
-        ],
+            {"service:couchdb@3.2.2": ["rest_for_one", "listener", "announcement"]},
+        ),
     ),
     "proxy": (
         proxy(),
-        [
-            "rest_for_one",
-            "console",
+        root(
             "endpoint",
+            {"pipes": each("pipe")},
+            {"links": ["one_for_one", link_id(KEY)]},
             "link",
-            {"proxy:5985": ["rest_for_one", "resolver", {"pipes": each("pipe")}, "listener"]},
-        ],
+            {"proxy:5985": ["rest_for_one", "resolver", "listener"]},
+        ),
     ),
     "client": (
-        client_tree(CONFIG, KEY, roles.to_find("a")),
-        ["rest_for_one", "endpoint", "link", "resolver"],
+        client_tree(
+            CONFIG, (KEY,), ChildSpec("resolver", Resolver, ResolverArgs(roles.to_find("a")))
+        ),
+        root(
+            "endpoint", {"links": ["one_for_one", link_id(KEY)]}, "link", "resolver", console=False
+        ),
     ),
-    "dht": (dht(nodes=3), ["rest_for_one", "console", "node-0", "node-1", "node-2"]),
+    "dht": (dht(nodes=3), root("node-0", "node-1", "node-2")),
 }
 
 
@@ -148,7 +163,7 @@ def test_pipes_are_bounded_and_have_time_to_drain(name: str) -> None:
     assert pipes.args.limit == MAX_PIPES
     assert pipes.args.children[0].shutdown > DRAIN
     group = next(child for child in children.values() if child.id.startswith(f"{name}:"))
-    assert group.shutdown >= pipes.shutdown >= pipes.args.children[0].shutdown
+    assert children["node"].shutdown >= pipes.shutdown >= pipes.args.children[0].shutdown
     # Else whoever depends on them would be started too early, and a bad port found out too late.
     assert group.wait_ready is not None
     assert children["endpoint"].wait_ready is not None
@@ -156,7 +171,7 @@ def test_pipes_are_bounded_and_have_time_to_drain(name: str) -> None:
 
 def test_a_scoped_role_is_a_name_without_slashes() -> None:
     tree = service("@scope/name@1.0.0")
-    assert [child.id for child in tree.children][-1] == "service:@scope|name@1.0.0"
+    assert [child.id for child in below_node(tree)][-1] == "service:@scope|name@1.0.0"
 
 
 @virtual
@@ -164,7 +179,7 @@ async def test_a_scoped_service_runs() -> None:
     async with ActorRuntime() as runtime:
         tree = in_memory(service("@scope/name@1.0.0"), MemoryNetwork())
         await runtime.ready(runtime.spawn(Supervisor, tree, name="root"))
-        assert runtime.find("/root/service:@scope|name@1.0.0/announcement") is not None
+        assert runtime.find("/root/node/service:@scope|name@1.0.0/announcement") is not None
 
 
 @pytest.mark.parametrize("role", ["", "@", "couchdb", "couchdb@3.x", "couchdb@three", "@1.0.0"])
@@ -193,7 +208,7 @@ def test_identities_are_random_unless_given() -> None:
 
 
 def configs(spec: SupervisorSpec) -> list[EndpointConfig]:
-    found = [child.args for child in spec.children if child.id.startswith("node-")]
+    found = [child.args for child in below_node(spec) if child.id.startswith("node-")]
     assert all(isinstance(each, EndpointConfig) for each in found)
     return found  # type: ignore[return-value]
 
@@ -259,7 +274,7 @@ class Dies(Actor):
     ("error", "line"),
     [
         (LocalError("port 1 is in use: take another"), "port 1 is in use: take another"),
-        (OSError("no space left"), "reached maximum restart intensity"),
+        (OSError("no space left"), "/a failed: OSError: no space left"),
     ],
 )
 def test_a_tree_that_dies_says_why_in_one_line(error: Exception, line: str) -> None:
@@ -272,14 +287,14 @@ def test_a_tree_that_dies_says_why_in_one_line(error: Exception, line: str) -> N
 def test_a_free_port_is_chosen_before_the_listener_runs() -> None:
     tree = deployment.proxy_tree(
         CONFIG,
-        KEY,
+        (KEY,),
         "couchdb@3.x",
         host="127.0.0.1",
         port=0,
         key_pair=None,
         show=show,
     )
-    group = tree.children[-1]
+    group = below_node(tree)[-1]
     assert isinstance(group.args, SupervisorSpec)
     listener = group.args.children[-1].args
     assert isinstance(listener, ProxyArgs)

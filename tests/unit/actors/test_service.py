@@ -31,7 +31,12 @@ from hyperseaport.actors.messages import (
     Unregister,
 )
 from hyperseaport.actors.registry import roles
-from hyperseaport.actors.service import Announcement, ServiceArgs
+from hyperseaport.actors.service import (
+    Announcement,
+    AnnouncementArgs,
+    ListenerArgs,
+    ServiceListener,
+)
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.supervisor import ChildSpec, Supervisor, SupervisorSpec
 from hyperseaport.transport.dht.endpoint import EndpointConfig
@@ -39,9 +44,10 @@ from hyperseaport.transport.errors import PeerUnreachable
 from hyperseaport.transport.keys import KeyPair
 
 PAIR = KeyPair.from_seed(b"\x05" * 32)
+LISTENER = ListenerArgs(PAIR, "127.0.0.1", 9)
 CLIENT = KeyPair.from_seed(b"\x06" * 32)
 ROLE = "couchdb@3.2.2"
-ANNOUNCEMENT = f"/root/service:{ROLE}/announcement"
+ANNOUNCEMENT = f"/root/node/service:{ROLE}/announcement"
 
 
 @asynccontextmanager
@@ -52,7 +58,7 @@ async def serving(
     options |= changes
     show: Any = options.pop("show", shown.append)
     tree = deployment.service_tree(
-        EndpointConfig(bootstrap=()), REGISTRY.public_key, ROLE, show=show, **options
+        EndpointConfig(bootstrap=()), (REGISTRY.public_key,), ROLE, show=show, **options
     )
     async with ActorRuntime() as runtime:
         root = runtime.spawn(Supervisor, in_memory(tree, network), name="root")
@@ -126,24 +132,22 @@ async def test_stopped_it_leaves_the_registry_first_and_then_the_dht() -> None:
             done.append(Unlisten)
             self.send(sender, Unlistened())
 
-    args = ServiceArgs(PAIR, roles.to_register(ROLE), "127.0.0.1", 9)
+    args = AnnouncementArgs(PAIR, roles.to_register(ROLE))
     spec = SupervisorSpec(
         "rest_for_one",
         (
-            ChildSpec("console", Recorder, []),
             ChildSpec("endpoint", Endpoint),
-            ChildSpec("link", Link),
             ChildSpec("pipes", Recorder, []),
-            ChildSpec("announcement", Announcement, args, wait_ready=5.0),
+            ChildSpec("link", Link),
+            ChildSpec("listener", ServiceListener, LISTENER, wait_ready=5.0),
+            ChildSpec("announcement", Announcement, args),
         ),
     )
     async with ActorRuntime() as runtime:
         root = runtime.spawn(Supervisor, spec, name="root")
         await runtime.ready(root)
-        announcement = runtime.find("/root/announcement")
-        assert announcement is not None
-        runtime.stop(announcement)
-        await runtime.stopped(announcement)
+        runtime.stop(root)
+        await runtime.stopped(root)
         assert done[:4] == [Listen, Register, Unregister, Unlisten]
 
 
@@ -188,15 +192,12 @@ async def test_a_key_that_cannot_be_listened_to_is_tried_again() -> None:
                 MemoryEndpoint._listen(self, message, sender)
 
     network = MemoryNetwork()
-    args = ServiceArgs(PAIR, roles.to_register(ROLE), "127.0.0.1", 9)
     spec = SupervisorSpec(
         "rest_for_one",
         (
-            ChildSpec("console", Recorder, []),
             ChildSpec("endpoint", Endpoint, network),
-            ChildSpec("link", Recorder, []),
             ChildSpec("pipes", Recorder, []),
-            ChildSpec("announcement", Announcement, args, wait_ready=5.0),
+            ChildSpec("listener", ServiceListener, LISTENER, wait_ready=5.0),
         ),
     )
     async with ActorRuntime() as runtime:
@@ -210,7 +211,7 @@ async def test_a_key_that_listens_already_ends_it_with_the_reason() -> None:
     async with serving(network, []):
         tree = deployment.service_tree(
             EndpointConfig(bootstrap=()),
-            REGISTRY.public_key,
+            (REGISTRY.public_key,),
             ROLE,
             host="127.0.0.1",
             port=9,
@@ -252,7 +253,17 @@ async def test_beyond_the_limit_a_channel_is_reset_and_logged(
 
 
 @pytest.mark.parametrize(
-    "victim", ["endpoint", "link", f"service:{ROLE}", f"service:{ROLE}/pipes", ANNOUNCEMENT[6:]]
+    "victim",
+    [
+        "console",
+        "node",
+        "node/endpoint",
+        "node/pipes",
+        "node/link",
+        f"node/service:{ROLE}",
+        f"node/service:{ROLE}/listener",
+        ANNOUNCEMENT[6:],
+    ],
 )
 @virtual
 async def test_it_heals_when_an_actor_is_killed(victim: str) -> None:
