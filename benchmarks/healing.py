@@ -28,6 +28,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 
+import structlog  # noqa: E402
 from contenders import REGISTRY_LINE, Lab, Network, line  # noqa: E402
 from procfs import machine  # noqa: E402
 from support.process import Process, environment  # noqa: E402
@@ -227,6 +228,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10, metavar="N")
     parser.add_argument("--output", metavar="FILE", help="where to write the page")
     arguments = parser.parse_args()
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     figures, lab = Figures(), Lab()
     processes: list[Process] = []
     try:

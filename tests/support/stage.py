@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -108,9 +108,11 @@ class Stage:
         assert await done.exit(deadline=deadline) == 0, done.transcript()
         return done.text("stdout")
 
-    def run(self, name: str, command: Sequence[str | Path]) -> Process:
+    def run(
+        self, name: str, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None
+    ) -> Process:
         """Any other program."""
-        process = Process(name, command, cwd=self.home, env=environment(self.home))
+        process = Process(name, command, cwd=self.home, env=env or environment(self.home))
         self._processes.append(process)
         return process
 
