@@ -340,6 +340,7 @@ def list_(
 
 @cli.command()
 @options.as_json
+@click.option("-v", "--verbose", is_flag=True, help="Also everything that the actors show.")
 @options.where
 def status(**asked: Any) -> None:
     """Show what the programs of this machine do."""

@@ -2,7 +2,8 @@
 
 It listens on a Unix socket that nobody else can reach, and talks JSON, an object a line:
 
-    {"v": 1, "id": 7, "do": "status"}               what the program is, and what its actors show
+    {"v": 1, "id": 7, "do": "status"}               what the program is, what its actors show, and
+                                                    what was restarted
     {"v": 1, "id": 7, "do": "tree"}                 supervisors and their children, nested
     {"v": 1, "id": 7, "do": "why", "role": "a@1.x"} why a proxy takes or passes over each instance;
                                                     of all proxies without "role"
@@ -20,6 +21,7 @@ import asyncio
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,6 +55,8 @@ MAX_NODES = 1000
 FEW = 5
 #: Instances that are shown of one proxy.
 MAX_ROWS = 1000
+#: Actors whose last failure `status` tells.
+MAX_FAILURES = 20
 #: Characters of a text that came from elsewhere, such as the reason of a failure.
 MAX_TEXT = 1000
 #: Seconds for one actor to answer, and for one request; an actor that lives takes milliseconds.
@@ -62,6 +66,7 @@ ANSWER = 10.0
 PATIENCE = 5.0
 
 Answer = dict[str, Any]
+Rows = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +178,18 @@ class Control(Actor):
         answers = await asyncio.gather(*(self._show(each) for each in able.values()))
         shown = {path: fields for path, fields in zip(able, answers, strict=True) if fields}
         counts = {path: {"children": count} for path, count in survey.counts.items()}
+        choices = [
+            {"path": path} | _choice(rows)
+            for path, address in survey.actors.items()
+            if (rows := await self._explained(address)) is not None
+        ]
         return self._program() | {
             "uptime": survey.root["since"],
             "summary": dict(self._args.summary),
             "actors": shown | counts,
+            "choices": choices,
+            "restarts": survey.restarts,
+            "failures": sorted(survey.failures, key=lambda each: each["since"])[:MAX_FAILURES],
         }
 
     async def _why(self, role: str) -> Answer:
@@ -188,10 +201,10 @@ class Control(Actor):
             name = _role(fields) or str(self._args.summary.get("role", ""))
             if role and role not in (name, name.partition("@")[0]):
                 continue
-            explained = await self._ask(address, Explain())
-            if isinstance(explained, Explained):
-                rows = explained.rows[:MAX_ROWS]
-                more = len(explained.rows) - len(rows)
+            explained = await self._explained(address)
+            if explained is not None:
+                rows = explained[:MAX_ROWS]
+                more = len(explained) - len(rows)
                 proxies.append({"path": path, "role": name, "rows": rows, "more": more})
         return self._program() | {"proxies": proxies}
 
@@ -232,6 +245,13 @@ class Control(Actor):
                 fields["metrics"] = dict(measured.values)
         return fields
 
+    async def _explained(self, address: ActorAddress) -> Rows | None:
+        """What a resolver says of the instances that it knows; None of all others."""
+        if not _takes(address, Explain):
+            return None
+        explained = await self._ask(address, Explain())
+        return explained.rows if isinstance(explained, Explained) else None
+
     async def _ask(self, address: ActorAddress, message: object) -> object:
         with suppress(ActorGone, CallTimeout):
             return await self.call(address, message, ASK)
@@ -264,6 +284,10 @@ class _Survey:
         self.actors: dict[str, ActorAddress] = {}
         #: How many children each supervisor has that may have very many, by path likewise.
         self.counts: dict[str, int] = {}
+        #: Of all that are shown, and of those among them that have failed: path, restarts, how
+        #: they failed last, and the seconds since they were last started.
+        self.restarts = 0
+        self.failures: list[Answer] = []
         self._left = MAX_NODES - 1
 
     def add(self, node: Answer, answer: object) -> Iterator[tuple[ActorAddress, Answer]]:
@@ -283,12 +307,19 @@ class _Survey:
         for status in shown:
             child = _node(status.id, f"{node['path']}/{status.id}", status.actor) | _fate(status)
             node["children"].append(child)
+            self._count(child)
             if status.address is None:
                 continue
             if issubclass(status.actor, Supervisor):
                 yield status.address, child
             else:
                 self.actors[_short(child["path"])] = status.address
+
+    def _count(self, child: Answer) -> None:
+        self.restarts += child["restarts"]
+        if child["last_reason"]:
+            shown = {name: child[name] for name in ("restarts", "last_reason", "since")}
+            self.failures.append({"path": _short(child["path"])} | shown)
 
 
 class _Client(asyncio.Protocol):
@@ -434,6 +465,17 @@ def _role(fields: Mapping[str, Any]) -> str:
     """Of a resolver: its `role` and `range`, as the command line has them."""
     role, wanted = fields.get("role"), fields.get("range")
     return f"{role}@{wanted}" if role and wanted else str(role or "")
+
+
+def _choice(rows: Rows) -> Answer:
+    """How many instances are in which state, and those of them that matter now: new connections go
+    there, or some are open."""
+    used = [each for each in rows if each.get("state") == "taken" or each.get("connections")]
+    return {
+        "states": dict(Counter(str(each.get("state")) for each in rows)),
+        "used": used[:FEW],
+        "more": max(len(used) - FEW, 0),
+    }
 
 
 def _short(path: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from ..actors.runtime_files import runtime_directory, sockets
 from ..transport.errors import HyperseaportError, InvalidInput, LocalError, RemoteError
 from .output import clean, document, heading, say, seconds, short, table
+from .status import show as show_status
 
 VERSION = 1
 #: Seconds for a program to answer, which it does or says why not within 10.
@@ -47,12 +48,15 @@ class _Answer:
         return {"control": str(self.path), **result}
 
 
-def status(*, as_json: bool = False, target: str | None = None) -> int:
-    """What each program is, and what its actors show.
+def status(*, as_json: bool = False, verbose: bool = False, target: str | None = None) -> int:
+    """What each program is and does: a few lines, and with ``verbose`` or as JSON also all that its
+    actors show.
 
     Raises LocalError: no program runs.
     """
-    return _show(_ask_all(target, {"do": "status"}), as_json, _status)
+    return _show(
+        _ask_all(target, {"do": "status"}), as_json, lambda answer: show_status(answer.ok, verbose)
+    )
 
 
 def tree(*, as_json: bool = False, target: str | None = None) -> int:
@@ -207,37 +211,10 @@ def _show_one(answer: _Answer, show: Callable[[_Answer], None]) -> bool:
         return False
     try:
         show(answer)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
         say(f"what {clean(answer.path)} answers is not understood")
         return False
     return True
-
-
-def _status(answer: _Answer) -> None:
-    ok = answer.ok
-    heading(f"{answer.title}, up {seconds(ok['uptime'])}")
-    facts = [("", name, value) for name, value in _flat(ok["summary"])]
-    for path, fields in ok["actors"].items():
-        found = [(name, value) for name, value in _flat(fields) if not _is_idle(name, value)]
-        facts += [
-            (path if not number else "", name, value) for number, (name, value) in enumerate(found)
-        ]
-    table(("ACTOR", "WHAT", "VALUE"), facts)
-
-
-def _is_idle(name: str, value: object) -> bool:
-    """A counter that has not counted anything: there are dozens."""
-    return name.startswith("metrics.") and value == "0"
-
-
-def _flat(fields: Fields, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The values in nested objects, by dotted names."""
-    for name, value in fields.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield f"{prefix}{name}", text
 
 
 def _tree(answer: _Answer) -> None:

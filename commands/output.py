@@ -13,6 +13,8 @@ from typing import Any
 
 Row = Sequence[object]
 
+#: Units of more than a byte, the largest first.
+_SIZES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 #: Units of time, the longest first, in seconds.
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 
@@ -36,6 +38,15 @@ def seconds(age: float | None) -> str:
     return f"{age:.1f} s" if age < 10 else f"{age:.0f} s"
 
 
+def size(number: int) -> str:
+    """So many bytes in the unit that suits them."""
+    for unit, name in _SIZES:
+        if number >= unit:
+            value = number / unit
+            return f"{value:.1f} {name}" if value < 10 else f"{value:.0f} {name}"
+    return f"{number} B"
+
+
 def short(key: object) -> str:
     """The beginning of a key, long enough to tell it from others."""
     return str(key)[:8]
@@ -50,6 +61,17 @@ def say(line: str = "") -> None:
 def document(value: Any) -> None:
     """One JSON value on one line, in ASCII."""
     say(json.dumps(value).replace("\x7f", "\\u007f"))
+
+
+def facts(named: Sequence[tuple[str, str]]) -> None:
+    """A line each, below a heading."""
+    texts = [(clean(name), clean(value)) for name, value in named]
+    if sys.stdout.isatty():
+        _rich_facts(texts)
+        return
+    width = max((len(name) for name, _ in texts), default=0)
+    for name, value in texts:
+        say(f"  {name:{width}}  {value}".rstrip())
 
 
 def table(headers: Sequence[str], rows: Sequence[Row]) -> None:
@@ -82,6 +104,20 @@ def _rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         # Not a str, in which brackets would be markup.
         drawn.add_row(*(Text(cell) for cell in row))
+    Console(file=sys.stdout, highlight=False).print(drawn)
+
+
+def _rich_facts(texts: Sequence[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # A value that is too long for its line goes on below itself.
+    drawn = Table.grid(padding=(0, 0, 0, 2), pad_edge=True)
+    drawn.add_column(no_wrap=True, style="cyan")
+    drawn.add_column(overflow="fold")
+    for name, value in texts:
+        drawn.add_row(Text(name), Text(value))
     Console(file=sys.stdout, highlight=False).print(drawn)
 
 

@@ -52,7 +52,16 @@ class Resolver(Actor):
         self.send(sender, Explained(self.fields["rows"]))
 
 
-ROWS = ({"key": "ab", "state": "taken", "reason": "highest version"},)
+ROWS = (
+    {
+        "key": "ab" * 32,
+        "role": "couchdb",
+        "version": "3.2.2",
+        "state": "taken",
+        "reason": "newest version",
+        "connections": 0,
+    },
+)
 
 
 def resolver(role: str, wanted: str | None, rows: Any = ROWS) -> ChildSpec:

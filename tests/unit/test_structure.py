@@ -37,7 +37,7 @@ MAY_IMPORT = {
 }
 
 #: Modules below transport/ that hold sockets, loops and clocks; all others are protocol cores.
-SHELLS = {"transport.udp", "transport.channel", "transport.dht.endpoint"}
+SHELLS = {"transport.udp", "transport.channel", "transport.machine", "transport.dht.endpoint"}
 #: Where cores get time, randomness or the world from, which they must not. The only exceptions:
 #: the Random class itself, and key pairs for users, made from the system's randomness.
 NOT_IN_CORES = (

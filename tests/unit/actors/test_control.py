@@ -222,8 +222,50 @@ async def test_status(path: Path) -> None:
                 "/node/pipes": {"children": 3},
                 "/node/proxy:1/resolver": {"role": "couchdb", "range": "3.x"},
             },
+            "choices": [
+                {
+                    "path": "/node/proxy:1/resolver",
+                    "states": {"taken": 1},
+                    "used": list(ROWS),
+                    "more": 0,
+                }
+            ],
+            "restarts": 0,
+            "failures": [],
         }
         assert running.runtime.unhandled == 0
+
+
+async def test_status_tells_which_instances_matter(path: Path) -> None:
+    rows = (
+        {"state": "taken", "connections": 0},
+        *({"state": "candidate", "connections": number} for number in range(8)),
+        {"state": "set aside", "connections": 1},
+        {"state": "set aside"},
+    )
+    async with program(path, rest(resolver("a", "1.x", rows))), Client.to(path) as client:
+        (choice,) = (await client.ask("status"))["choices"]
+    assert choice["states"] == {"taken": 1, "candidate": 8, "set aside": 2}
+    assert choice["used"] == [rows[0], *rows[2:6]]
+    assert choice["more"] == 4
+
+
+async def test_status_counts_restarts(path: Path) -> None:
+    async with program(path, proxy_node()) as running:
+        for name, reason in (("proxy:1/resolver", "it was tired"), ("endpoint", "so was I")):
+            victim = running.runtime.find(f"/node/{name}")
+            assert victim is not None
+            running.runtime.kill(f"/node/{name}", reason)
+            await running.runtime.stopped(victim)
+        async with Client.to(path) as client:
+            status: Any = {"restarts": 0, "actors": {}}
+            while "/node/proxy:1/resolver" not in status["actors"]:
+                status = await client.ask("status")
+    # The endpoint, and with it those after it. The resolver's supervisor is another one by now.
+    assert status["restarts"] == 3
+    (failure,) = status["failures"]
+    assert failure.pop("since") >= 0
+    assert failure == {"path": "/node/endpoint", "restarts": 1, "last_reason": "so was I"}
 
 
 async def test_who_does_not_answer_is_left_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,22 @@ async def two_programs(directory: Path) -> AsyncIterator[tuple[Program, Program]
 
 async def test_status(screen: Screen, directory: Path) -> None:
     async with program(directory / "proxy-1.sock", proxy_node(), role="couchdb@3.x", port=5985):
-        out = await screen.shows(looking.status)
+        brief = await screen.shows(looking.status)
+        out = await screen.shows(looking.status, verbose=True)
     title, *lines = out.splitlines()
-    assert title.startswith(f"proxy (process {os.getpid()}), up 0.")
+    assert title.startswith(f"proxy couchdb@3.x (process {os.getpid()}), up 0.")
+    facts = [
+        "  listening    not yet",
+        "  instances    1 known, 1 usable, 0 set aside",
+        "  uses         couchdb@3.2.2 abababab: newest version",
+        "  connections  0 now, 0 since start",
+        "  bytes        0 B received, 0 B sent",
+        "  restarts     none",
+    ]
+    assert brief.splitlines()[1:] == facts
     assert lines == [
+        *facts,
+        "",
         "ACTOR                   WHAT              VALUE",
         "                        role              couchdb@3.x",
         "                        port              5985",
@@ -98,7 +111,7 @@ async def test_every_program_has_its_heading(screen: Screen, directory: Path) ->
         out = await screen.shows(looking.status)
         first, _, second = out.partition("\n\n")
         assert first.startswith("dht (process ")
-        assert second.startswith("proxy (process ")
+        assert second.startswith("proxy couchdb@3.x (process ")
         one = await screen.shows(looking.status, target=str(directory / "dht-1.sock"))
         assert len(one.splitlines()) == len(first.splitlines())
 
@@ -348,7 +361,7 @@ def test_one_that_cannot_answer_does_not_hide_the_others(
             r"too \x7f busy",
             "",
             "dht (process 7), up 2 h",
-            "ACTOR  WHAT  VALUE",
+            "  restarts  none",
             "",
             f"what {directory / 'c-3.sock'} answers is not understood",
         ]
@@ -408,7 +421,7 @@ def objects(**values: Any) -> st.SearchStrategy[Any]:
 
 
 answers = objects(
-    command=json_values,
+    command=st.sampled_from(["proxy", "service", "registry", "dht"]) | json_values,
     pid=json_values,
     uptime=st.floats(0, 1e9) | json_values,
     summary=st.dictionaries(st.text(max_size=5), json_values) | json_values,
@@ -434,7 +447,8 @@ def test_whatever_is_answered_is_shown_in_printable_characters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ok: Any
 ) -> None:
     monkeypatch.setattr(looking, "_ask", lambda *_: ok)
-    for command in (looking.status, looking.tree, looking.why, COMMANDS[3]):
+    verbose = partial(looking.status, verbose=True)
+    for command in (looking.status, verbose, looking.tree, looking.why, COMMANDS[3]):
         capsys.readouterr()
         with suppress(LocalError):
             # There may be no proxy.

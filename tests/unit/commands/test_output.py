@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -52,6 +53,48 @@ def test_what_is_clean_is_printable(text: str) -> None:
 )
 def test_seconds(age: float | None, shown: str) -> None:
     assert output.seconds(age) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (10_189, "10.0 KiB"),
+        (10_240, "10 KiB"),
+        (1 << 20, "1.0 MiB"),
+        (350 << 20, "350 MiB"),
+        (5 << 30, "5.0 GiB"),
+        (3 << 50, "3072 TiB"),
+    ],
+)
+def test_size(number: int, shown: str) -> None:
+    assert output.size(number) == shown
+
+
+def test_plain_facts_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    output.facts([("key", "5b64a895"), ("listening", "\x1b[2J"), ("", "more")])
+    assert capsys.readouterr().out == (
+        "  key        5b64a895\n  listening  \\x1b[2J\n             more\n"
+    )
+    output.facts([])
+    assert capsys.readouterr().out == ""
+
+
+def test_facts_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "24")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    output.facts([("key", "[bold]" + "5b64a895" * 2), ("bytes", "\x1b[2J")])
+    lines = re.sub(r"\x1b\[[0-9]*m", "", capsys.readouterr().out).splitlines()
+    assert [line.rstrip() for line in lines] == [
+        "  key    [bold]5b64a8955",
+        "         b64a895",
+        r"  bytes  \x1b[2J",
+    ]
 
 
 def test_plain_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
