@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import struct
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import TypeVar
 
 from .errors import DecodeError, InvalidInput
@@ -18,12 +19,15 @@ T = TypeVar("T")
 
 #: Counts above this are refused: nothing on this wire has so many items.
 MAX_ARRAY = 1_048_576
+#: Lists of addresses whose decoded form is remembered: peers say the same in each handshake.
+_LISTS = 256
 #: JavaScript peers cannot represent integers above this exactly.
 MAX_INTEGER = 2**53 - 1
 
 _U16 = struct.Struct("<H")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
+_ADDRESS = struct.Struct("<BBBBH")
 
 
 def encode_uint(value: int) -> bytes:
@@ -54,6 +58,40 @@ def encode_address(address: Address) -> bytes:
 def decode_address(data: Buffer) -> Address:
     """The host in dotted text and the port of 6 bytes."""
     return f"{data[0]}.{data[1]}.{data[2]}.{data[3]}", data[4] | data[5] << 8
+
+
+def read_uint(data: bytes, position: int) -> tuple[int, int]:
+    """The integer at ``position``, and where it ends: `Reader.uint` for those who walk a structure
+    without a `Reader`. Raises `DecodeError` when bytes are missing."""
+    if position >= len(data):
+        raise DecodeError("integer missing")
+    first = data[position]
+    if first <= 252:
+        return first, position + 1
+    end = position + 1 + (2 << (first - 253))
+    if end > len(data):
+        raise DecodeError("integer cut short")
+    value = int.from_bytes(data[position + 1 : end], "little")
+    if value > MAX_INTEGER:
+        raise DecodeError("integer above 2**53-1")
+    return value, end
+
+
+def read_addresses(data: bytes, position: int, limit: int) -> tuple[tuple[Address, ...], int]:
+    """The array of addresses at ``position``, and where it ends. Raises `DecodeError` when bytes
+    are missing or there are more than ``limit``."""
+    count, position = read_uint(data, position)
+    end = position + 6 * count
+    if count > limit:
+        raise DecodeError(f"{count} addresses")
+    if end > len(data):
+        raise DecodeError(f"{count} addresses announced, not there")
+    return _decoded(data[position:end]), end
+
+
+@lru_cache(_LISTS)
+def _decoded(data: bytes) -> tuple[Address, ...]:
+    return tuple((f"{a}.{b}.{c}.{d}", port) for a, b, c, d, port in _ADDRESS.iter_unpack(data))
 
 
 def encode_address6(address: Address) -> bytes:

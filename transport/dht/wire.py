@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..encoding import MAX_INTEGER, encode_uint
+from ..encoding import encode_uint, read_uint
 from ..errors import DecodeError
 from ..transmit import Address
 from .addresses import node_id, packed
@@ -160,11 +160,11 @@ def decode_request(datagram: bytes, socket: int, source: Address) -> Request:
         sender, position = _validated(datagram[position : position + 32], source), position + 32
     if flags & _TOKEN:
         token, position = datagram[position : position + 32], position + 32
-    command, position = _uint(datagram, position)
+    command, position = read_uint(datagram, position)
     if flags & _TARGET:
         target, position = datagram[position : position + 32], position + 32
     if flags & _VALUE:
-        size, position = _uint(datagram, position)
+        size, position = read_uint(datagram, position)
         value, position = datagram[position : position + size], position + size
     if position > len(datagram):
         raise DecodeError("request cut short")
@@ -185,7 +185,7 @@ def decode_response(datagram: bytes, socket: int, source: Address) -> Reply:
     if flags & _TOKEN:
         token, position = datagram[position : position + 32], position + 32
     if flags & _CLOSER_NODES:
-        count, position = _uint(datagram, position)
+        count, position = read_uint(datagram, position)
         end = position + 6 * count
         if end > len(datagram):
             raise DecodeError(f"{count} nodes announced, not there")
@@ -193,9 +193,9 @@ def decode_response(datagram: bytes, socket: int, source: Address) -> Reply:
             closer_nodes.append((f"{a}.{b}.{c}.{d}", port))
         position = end
     if flags & _ERROR:
-        error, position = _uint(datagram, position)
+        error, position = read_uint(datagram, position)
     if flags & _VALUE:
-        size, position = _uint(datagram, position)
+        size, position = read_uint(datagram, position)
         value, position = datagram[position : position + size], position + size
     if position > len(datagram):
         raise DecodeError("response cut short")
@@ -214,19 +214,3 @@ def _decode_head(datagram: bytes) -> tuple[int, int, int, Address, int]:
 def _validated(id: bytes, source: Address) -> bytes | None:  # noqa: A002
     """An id that is not the hash of the sender's address counts as none (spec: hyperdht 2.2)."""
     return id if id == node_id(source) else None
-
-
-def _uint(data: bytes, position: int) -> tuple[int, int]:
-    """The integer at ``position``, and where it ends."""
-    if position >= len(data):
-        raise DecodeError("datagram cut short")
-    first = data[position]
-    if first <= 252:
-        return first, position + 1
-    end = position + 1 + (2 << (first - 253))
-    if end > len(data):
-        raise DecodeError("integer cut short")
-    value = int.from_bytes(data[position + 1 : end], "little")
-    if value > MAX_INTEGER:
-        raise DecodeError("integer above 2**53-1")
-    return value, end

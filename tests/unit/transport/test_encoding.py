@@ -17,6 +17,8 @@ from hyperseaport.transport.encoding import (
     decode_address,
     encode_address,
     encode_uint,
+    read_addresses,
+    read_uint,
 )
 from hyperseaport.transport.errors import DecodeError, InvalidInput
 
@@ -124,3 +126,29 @@ def test_readers_survive_any_bytes(data: bytes, kind: str) -> None:
     except DecodeError:
         return
     assert 0 <= reader.remaining <= len(data)
+
+
+@given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 65535)), max_size=8), st.binary())
+@settings(deadline=None, derandomize=True)
+def test_addresses_without_a_reader(numbers: list[tuple[int, int]], rest: bytes) -> None:
+    addresses = tuple((f"1.2.3.{octet}", port) for octet, port in numbers)
+    data = b"?" + bytes(Writer().array(addresses, Writer.address))
+    assert read_addresses(data + rest, 1, 8) == (addresses, len(data))
+    with pytest.raises(DecodeError):
+        read_addresses(data[:-1], 1, 8)
+    if addresses:
+        with pytest.raises(DecodeError):
+            read_addresses(data, 1, len(addresses) - 1)
+
+
+@given(st.binary(max_size=12), st.integers(0, 3))
+@settings(deadline=None, derandomize=True)
+def test_integers_without_a_reader(data: bytes, position: int) -> None:
+    reader = Reader(data[position:])
+    try:
+        value = reader.uint()
+    except DecodeError:
+        with pytest.raises(DecodeError):
+            read_uint(data, position)
+    else:
+        assert read_uint(data, position) == (value, len(data) - reader.remaining)

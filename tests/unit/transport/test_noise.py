@@ -3,7 +3,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import nacl.exceptions
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,8 +76,21 @@ def test_diffie_hellman(row: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", VECTORS["dh_must_fail"])
 def test_points_that_must_fail(name: str) -> None:
     point = unhex(VECTORS["dh_must_fail"][name])
-    with pytest.raises(nacl.exceptions.RuntimeError):
+    with pytest.raises(HandshakeError, match="no point"):
         noise.diffie_hellman(noise.scalar(bytes(32)), point)
+
+
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_numbers_and_points_of_another_size(size: int) -> None:
+    """libsodium would read past a short one."""
+    number, point = noise.scalar(bytes(32)), KeyPair.from_seed(bytes(32)).public_key
+    assert noise.public_point(number) == point
+    with pytest.raises(HandshakeError, match="no point"):
+        noise.diffie_hellman(number, bytes(size))
+    with pytest.raises(HandshakeError, match="no point"):
+        noise.diffie_hellman(bytes(size), point)
+    with pytest.raises(HandshakeError, match="no number"):
+        noise.public_point(bytes(size))
 
 
 @pytest.mark.parametrize("name", VECTORS["dh_must_fail"])
@@ -189,6 +201,8 @@ class Recorder:
 
         self.steps: list[dict[str, str]] = []
         self._outer = True
+        # Else the steps before the first message may have been done for another test.
+        noise._start.cache_clear()
         mix_hash, mix_key = SymmetricState.mix_hash, SymmetricState.mix_key
 
         def recorded_mix_hash(state: Any, data: bytes) -> None:
@@ -304,6 +318,47 @@ def test_two_static_keys_are_multiplied_once(monkeypatch: pytest.MonkeyPatch) ->
     assert counts == [8, 6, 6]
     assert noise._static_secret.cache_info().currsize == 2
     assert noise._static_secret.cache_info().maxsize == noise.STATIC_SECRETS
+
+
+def test_handshakes_that_begin_alike_share_nothing_that_changes() -> None:
+    """Interleaved step by step, each comes to the same result at both of its ends."""
+    noise._start.cache_clear()
+    seeds = [bytes([number]) * 32 for number in range(8)]
+    initiators = [
+        Initiator(CLIENT, SERVER.public_key, prologue=PROLOGUE, ephemeral_seed=seed)
+        for seed in seeds[:4]
+    ]
+    responders = [Responder(SERVER, prologue=PROLOGUE, ephemeral_seed=seed) for seed in seeds[4:]]
+    assert noise._start.cache_info().currsize == 2
+    assert noise._start.cache_info().maxsize == noise.STARTS
+    requests = [initiator.message(b"request") for initiator in initiators]
+    ends = list(zip(initiators, responders, requests, strict=True))
+    for _, responder, request in ends:
+        assert responder.read(request) == b"request"
+    replies = [responder.message(b"reply") for _, responder, _ in ends]
+    hashes = set()
+    for initiator, (reply, there) in zip(initiators, replies, strict=True):
+        payload, here = initiator.read(reply)
+        assert (payload, here.hash, here.tx) == (b"reply", there.hash, there.rx)
+        hashes.add(here.hash)
+    assert len(hashes) == 4
+
+
+def test_what_is_remembered_holds_no_ephemeral_key() -> None:
+    noise._start.cache_clear()
+    initiator, responder = fresh_ends()
+    responder.read(initiator.message(b""))
+    for is_initiator, key_pair, remote in (
+        (True, CLIENT, SERVER.public_key),
+        (False, SERVER, None),
+    ):
+        start = noise._start(noise.PROTOCOL, is_initiator, PROLOGUE, key_pair, remote)
+        state = start.handshake_state
+        for key in (state.e, state.re):
+            assert not hasattr(key, "public_bytes")
+        assert hasattr(state.rs, "public_bytes") == is_initiator
+        assert not start.cipher_state_handshake.has_key()
+    assert noise._start.cache_info().misses == 2
 
 
 # Rules of use
