@@ -18,6 +18,7 @@ from ..transport.transmit import Address
 
 #: Bytes of the IPv4 and UDP headers, which queues and MTUs count and datagrams do not show.
 HEADERS = 28
+_IP_HEADER = 20
 
 #: Where nothing is said about the addresses.
 NOWHERE: Address = ("", 0)
@@ -60,14 +61,15 @@ class Link:
     bandwidth: float | None = None
     #: Bytes that wait at most, headers included; more are dropped at its tail. None for no limit.
     queue: int | None = None
-    #: The largest IP packet, bytes; larger ones are dropped, and nobody is told.
+    #: The largest IP packet, bytes; larger ones are fragmented if they may be, else dropped, and
+    #: nobody is told.
     mtu: int | None = None
 
 
 @dataclass(slots=True)
 class Stats:
     """What became of the datagrams that were sent, each counted once, but for ``duplicated``,
-    ``corrupted`` and ``reordered``, which arrive all the same."""
+    ``corrupted``, ``reordered`` and ``fragmented``, which may arrive all the same."""
 
     sent: int = 0
     #: Their bytes without headers.
@@ -82,6 +84,7 @@ class Stats:
     duplicated: int = 0
     corrupted: int = 0
     reordered: int = 0
+    fragmented: int = 0
 
     @property
     def dropped(self) -> int:
@@ -108,18 +111,21 @@ class Faults:
         now: float,
         source: Address = NOWHERE,
         destination: Address = NOWHERE,
+        *,
+        may_fragment: bool = False,
     ) -> list[tuple[float, bytes]]:
         """When it arrives, and as what: nothing if it is lost, two if it is duplicated. ``now``
         never goes back. The order of equal times is that of the calls."""
         link, rng = self.link, self.rng
         self.stats.sent += 1
         self.stats.sent_bytes += len(datagram)
-        if self._drops(datagram, now, source, destination):
+        pieces = self._pieces(datagram, may_fragment)
+        if self._drops(datagram, now, source, destination, pieces):
             return []
         leaves = now
         if link.bandwidth is not None:
             waiting = max(self._free_at - now, 0.0) * link.bandwidth
-            size = len(datagram) + HEADERS
+            size = len(datagram) + HEADERS + (pieces - 1) * _IP_HEADER
             # What has been halfway through the wire still waits by half; an empty queue takes one.
             if link.queue is not None and waiting and waiting + size > link.queue:
                 self.stats.overflowed += 1
@@ -131,24 +137,40 @@ class Faults:
             self.stats.duplicated += 1
         return [self._copy(datagram, leaves) for _ in range(copies)]
 
-    def _drops(self, datagram: bytes, now: float, source: Address, destination: Address) -> bool:
-        link, rng, stats = self.link, self.rng, self.stats
+    def _pieces(self, datagram: bytes, may_fragment: bool) -> int:
+        """IP packets that the datagram makes; 0 if it has to be one and is too large."""
+        mtu = self.link.mtu
+        if mtu is None or len(datagram) + HEADERS <= mtu:
+            return 1
+        if not may_fragment:
+            return 0
+        self.stats.fragmented += 1
+        # Offsets of fragments are counted in units of 8 bytes.
+        each = max((mtu - _IP_HEADER) // 8 * 8, 8)
+        return -(-(len(datagram) + HEADERS - _IP_HEADER) // each)
+
+    def _drops(
+        self, datagram: bytes, now: float, source: Address, destination: Address, pieces: int
+    ) -> bool:
+        link, stats = self.link, self.stats
         if link.drop is not None and link.drop(datagram, source, destination):
             stats.chosen += 1
             return True
         if link.blackholes and any(start <= now < end for start, end in link.blackholes):
             stats.blackholed += 1
             return True
-        if link.mtu is not None and len(datagram) + HEADERS > link.mtu:
+        if not pieces:
             stats.too_large += 1
             return True
-        if link.loss and rng.random() < link.loss:
-            stats.lost += 1
+        # A datagram arrives if all its fragments do.
+        lost = [self._loses(link) for _ in range(pieces)]
+        stats.lost += any(lost)
+        return any(lost)
+
+    def _loses(self, link: Link) -> bool:
+        if link.loss and self.rng.random() < link.loss:
             return True
-        if link.bursts is not None and self._in_burst(link.bursts):
-            stats.lost += 1
-            return True
-        return False
+        return link.bursts is not None and self._in_burst(link.bursts)
 
     def _in_burst(self, bursts: Bursts) -> bool:
         self._bad = self.rng.random() < (1 - bursts.end if self._bad else bursts.begin)

@@ -44,7 +44,13 @@ class LossyUdpSocket(UdpSocket):
     def send(self, transmit: Transmit) -> None:
         now = self._loop.time() - self._born
         for datagram in datagrams(transmit):
-            for when, piece in self.outgoing.carry(datagram, now, self.address, transmit.address):
+            for when, piece in self.outgoing.carry(
+                datagram,
+                now,
+                self.address,
+                transmit.address,
+                may_fragment=transmit.may_fragment,
+            ):
                 one = transmit._replace(buffers=(piece,), segment=0)
                 self._leaving.at(self._born + when, partial(super().send, one))
 

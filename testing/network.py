@@ -136,7 +136,7 @@ class Network:
             source = host.sockets.get(transmit.socket)
             if source is not None:
                 for datagram in datagrams(transmit):
-                    self._send(datagram, host, source, transmit.address)
+                    self._send(datagram, host, source, transmit)
         self._rearm(host)
 
     def _rearm(self, host: Host) -> None:
@@ -157,13 +157,16 @@ class Network:
         host.core.on_deadline(self.now)
         self._flush(host)
 
-    def _send(self, datagram: bytes, host: Host, source: Address, destination: Address) -> None:
+    def _send(self, datagram: bytes, host: Host, source: Address, transmit: Transmit) -> None:
+        destination = transmit.address
         entry = self._by_address.get(destination)
         if entry is not None and self._cuts and self._cut(host, entry[0]):
             self.lost += 1
             return
         faults = self._faults(host, None if entry is None else entry[0])
-        arrivals = faults.carry(datagram, self.now, source, destination)
+        arrivals = faults.carry(
+            datagram, self.now, source, destination, may_fragment=transmit.may_fragment
+        )
         if not arrivals:
             self.lost += 1
         for when, arrived in arrivals:

@@ -74,9 +74,11 @@ class Channel(asyncio.Transport):
         self._closing = False
         self._lost = False
         self._error: Exception | None = None
-        #: Plain bytes delivered and written.
-        self.bytes_moved = 0
+        #: Plain bytes delivered to the protocol, and taken from whoever writes.
+        self.bytes_read = 0
+        self.bytes_written = 0
         self._linger: asyncio.TimerHandle | None = None
+        stream.wants_room = False
         stream.write(self._secret.start(), self._loop.time())
         wrote(self)
         wake()
@@ -90,6 +92,11 @@ class Channel(asyncio.Transport):
     def remote_public_key(self) -> bytes:
         """The peer's 32 bytes, proven by the handshake."""
         return self._handshake.remote_public_key
+
+    @property
+    def bytes_moved(self) -> int:
+        """Plain bytes in both directions."""
+        return self.bytes_read + self.bytes_written
 
     @property
     def stream(self) -> Stream:
@@ -110,6 +117,16 @@ class Channel(asyncio.Transport):
     def has_protocol(self) -> bool:
         """Whether anybody has taken the channel over."""
         return self._protocol is not None
+
+    @property
+    def heard_at(self) -> float:
+        """When the peer last sent anything on it; -inf for never."""
+        return self._stream.heard_at
+
+    @property
+    def half_closed(self) -> bool:
+        """Whether our direction has ended: only the peer writes."""
+        return self._eof_written
 
     @property
     def ended(self) -> bool:
@@ -154,11 +171,13 @@ class Channel(asyncio.Transport):
         """Deliver what the stream has. The owner calls it when the stream has changed."""
         if self._lost:
             return
+        stream = self._stream
         try:
             self._deliver()
-            self._control_writing()
+            if self._writing_paused:
+                self._control_writing()
         except ProtocolError as error:
-            self._fail(error)
+            self.fail(error)
         except Exception as error:
             # The protocol's own. It must not disturb the owner, who serves other channels too.
             self._loop.call_exception_handler(
@@ -169,43 +188,46 @@ class Channel(asyncio.Transport):
                     "protocol": self._protocol,
                 }
             )
-            self._fail(error)
-        self._finish_if_closed()
+            self.fail(error)
+        if stream.closed:
+            self._finish_if_closed()
 
     def _deliver(self) -> None:
         if self._protocol is None and not self._closing:
             return
-        stream, secret = self._stream, self._secret
+        stream, secret, pending = self._stream, self._secret, self._pending
         while True:
-            while self._pending and not self._paused:
-                self._data_received(self._pending.popleft())
-            if self._lost:
-                # The protocol has aborted: what is left is nobody's.
-                return
-            if self._pending or not stream.readable or self._paused:
+            while pending and not self._paused:
+                self._data_received(pending.popleft())
+                if self._lost:
+                    # The protocol has aborted: what is left is nobody's.
+                    return
+            if self._paused or not stream.readable:
                 break
             for chunk in stream.read(READ):
                 self._uncredited += len(chunk)
                 try:
-                    self._pending.extend(secret.receive(chunk))
+                    messages = secret.receive(chunk)
                 except StreamError as error:
                     # What came whole before the damage is the peer's word, and is delivered.
-                    for message in (*self._pending, *error.messages):
+                    for message in (*pending, *error.messages):
                         self._data_received(message)
                     raise
-        self._credit()
-        if stream.remote_ended and not (stream.readable or self._pending or self._paused):
+                pending.extend(messages)
+        if self._uncredited:
+            self._credit()
+        if stream.remote_ended and not (stream.readable or pending or self._paused):
             self._end_reading()
 
     def _data_received(self, data: bytes) -> None:
-        if not self.is_closing():
-            self.bytes_moved += len(data)
-            cast(asyncio.Protocol, self._protocol).data_received(data)
+        if not (self._closing or self._lost):
+            self.bytes_read += len(data)
+            self._protocol.data_received(data)  # type: ignore[union-attr]
 
     def _credit(self) -> None:
         # While the protocol pauses, the last read stays on the window's account. An incomplete
         # message must not close the window on its own rest.
-        if self._uncredited and (not self._paused or self._secret.buffered > READ):
+        if not self._paused or self._secret.buffered > READ:
             self._stream.credit(self._uncredited, self._loop.time())
             self._uncredited = 0
             self._wake()
@@ -227,29 +249,42 @@ class Channel(asyncio.Transport):
     def write(self, data: Buffer) -> None:
         """Encrypt and queue; messages of at most `MESSAGE` bytes each. Ignored once the channel
         closes or is lost, as asyncio's transports do; RuntimeError after `write_eof`."""
-        if self.is_closing() or self._stream.closed:
+        stream = self._stream
+        if self._closing or self._lost or stream.closed:
             return
         if self._eof_written:
             raise RuntimeError("the channel's writing side has ended")
         if not data:
             return
         now = self._loop.time()
-        view = memoryview(data)
-        for start in range(0, len(view), MESSAGE):
-            for frame in self._secret.encrypt(view[start : start + MESSAGE]):
-                self._stream.write(frame, now)
-        self.bytes_moved += len(view)
+        size = len(data)
+        if size <= MESSAGE:
+            for frame in self._secret.encrypt(data):
+                stream.write(frame, now)
+        else:
+            view = memoryview(data)
+            for start in range(0, size, MESSAGE):
+                for frame in self._secret.encrypt(view[start : start + MESSAGE]):
+                    stream.write(frame, now)
+        self.bytes_written += size
         self._wrote(self)
         self._wake()
-        self._control_writing()
+        if stream.unsent > self._high:
+            self._control_writing()
 
     def keep_alive(self) -> None:
-        """Write the empty message that keeps NATs open and finds dead peers (spec:
-        secure-stream-and-registry 4.5)."""
-        if self._eof_written or self._lost or self._stream.closed:
+        """Write the empty message that keeps NATs open and that the peer must acknowledge (spec:
+        secure-stream-and-registry 4.5). After our end, and behind what waits for the peer's window,
+        a packet asks for an ACK instead; it may get lost (spec: udx 2.7)."""
+        stream = self._stream
+        if self._lost or stream.closed:
             return
-        for frame in self._secret.keep_alive():
-            self._stream.write(frame, self._loop.time())
+        now = self._loop.time()
+        if self._eof_written or stream.unsent:
+            stream.heartbeat(now)
+        else:
+            for frame in self._secret.keep_alive():
+                stream.write(frame, now)
         self._wake()
 
     def can_write_eof(self) -> bool:
@@ -281,10 +316,10 @@ class Channel(asyncio.Transport):
             return
         unsent = self._stream.unsent
         if not self._writing_paused and unsent > self._high:
-            self._writing_paused = True
+            self._writing_paused = self._stream.wants_room = True
             self._protocol.pause_writing()
         elif self._writing_paused and unsent <= self._low:
-            self._writing_paused = False
+            self._writing_paused = self._stream.wants_room = False
             self._protocol.resume_writing()
 
     # Closing
@@ -310,7 +345,13 @@ class Channel(asyncio.Transport):
             self._wake()
         self._lose(None)
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """Destroy the stream at once, and tell the protocol why; nothing, if both directions have
+        ended and all has come."""
+        if self.ended and isinstance(error, Broken):
+            # Everything arrived; only the acknowledgement of the end was lost (spec: udx 8.10).
+            self.abort()
+            return
         if not self._stream.closed:
             self._stream.destroy(self._loop.time())
             self._wake()
@@ -326,10 +367,7 @@ class Channel(asyncio.Transport):
             if self._eof_delivered or self._closing:
                 self._lose(None)
             return
-        if self.ended and isinstance(error, Broken):
-            # Everything arrived; only the acknowledgement of the end was lost (spec: udx 8.10).
-            error = None
-        self._lose(error)
+        self.fail(error)
 
     def _lose(self, error: Exception | None) -> None:
         if self._lost:

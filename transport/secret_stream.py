@@ -142,9 +142,8 @@ class SecretStream:
         if self._error is not None:
             raise StreamError(self._error)
         messages: list[bytes] = []
-        view = memoryview(data)
         try:
-            self._frames(view, messages)
+            self._frames(memoryview(data), messages)
         except _DefectError as defect:
             self._error = str(defect)
             self._prefix = b""
@@ -156,27 +155,29 @@ class SecretStream:
     def _frames(self, view: memoryview, messages: list[bytes]) -> None:
         position = 0
         end = len(view)
-        while True:
-            if self._length is None:
+        while position < end:
+            length = self._length
+            if length is None:
                 start = position
                 position = min(start + LENGTH_BYTES - len(self._prefix), end)
-                self._prefix += view[start:position]
-                if len(self._prefix) < LENGTH_BYTES:
+                prefix = self._prefix + view[start:position]
+                if len(prefix) < LENGTH_BYTES:
+                    self._prefix = prefix
                     return
-                self._length = self._checked(int.from_bytes(self._prefix, "little"))
                 self._prefix = b""
+                length = self._checked(int.from_bytes(prefix, "little"))
             start = position
-            position = start + self._length - len(self._body)
+            position = start + length - len(self._body)
             if position > end:
                 # Grows with what has come: an announced length alone costs no memory.
                 self._body += view[start:]
+                self._length = length
                 return
+            body: Buffer = view[start:position]
             if self._body:
-                self._body += view[start:position]
-                body: Buffer = self._body
+                self._body += body
+                body = self._body
                 self._body = bytearray()
-            else:
-                body = view[start:position]
             self._length = None
             self._open(body, messages)
 

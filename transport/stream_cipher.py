@@ -15,12 +15,9 @@ from __future__ import annotations
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from nacl import bindings
-from nacl._sodium import ffi
+from nacl._sodium import ffi, lib
 from nacl.bindings import crypto_secretstream_xchacha20poly1305_init_pull as _initialise
-from nacl.bindings import crypto_secretstream_xchacha20poly1305_pull as _pull
-from nacl.bindings import crypto_secretstream_xchacha20poly1305_push as _push
 from nacl.bindings import crypto_secretstream_xchacha20poly1305_rekey as _rekey
-from nacl.exceptions import CryptoError
 
 from .transmit import Buffer
 
@@ -30,9 +27,12 @@ OVERHEAD_BYTES = bindings.crypto_secretstream_xchacha20poly1305_ABYTES
 #: Messages from this many bytes on take the fast way, if their length lets them.
 FAST_BYTES = 2048
 
-#: PyNaCl keeps a scratch buffer as large as the largest message so far for each direction. Above
-#: this it is given back: tens of thousands of idle streams must not hold what they once needed.
-_MAX_SCRATCH = 4096
+# PyNaCl's own calls check each argument anew, which takes longer than a small message does, and
+# keep a buffer of the largest message so far for each stream.
+_push = lib.crypto_secretstream_xchacha20poly1305_push
+_pull = lib.crypto_secretstream_xchacha20poly1305_pull
+_memory = ffi.new_allocator(should_clear_after_alloc=False)
+_NULL = ffi.NULL
 _BLOCK = bytes(64)
 _MAC_BYTES = 16
 _TAG_REKEY = 2
@@ -64,21 +64,28 @@ class StreamCipher:
             sealed = aead.encrypt(bytes(memory[32:44]), b"".join((_BLOCK, message)), None)
             self._advance(memory, sealed[-_MAC_BYTES:])
             return [sealed[:1], memoryview(sealed)[len(_BLOCK) :]]
-        body = _push(self._state, bytes(message))
-        self._after_slow(size)
-        return [body]
+        state = self._state.statebuf
+        body = _memory("unsigned char[]", size + OVERHEAD_BYTES)
+        # The result tells of a message longer than 256 GiB.
+        _push(state, body, _NULL, bytes(message), size, _NULL, 0, 0)
+        if self._aead is not None:
+            self._after_slow()
+        return [ffi.buffer(body)[:]]
 
     def open(self, body: Buffer) -> bytes:
         """The message in a body of at least `OVERHEAD_BYTES`. Raises `Damaged`."""
         size = len(body) - OVERHEAD_BYTES
         if size >= FAST_BYTES and size % 16 == 0:
             return self._open_fast(memoryview(body))
-        try:
-            message, _ = _pull(self._state, bytes(body))
-        except CryptoError as error:
-            raise Damaged from error
-        self._after_slow(size)
-        return message
+        if size < 0:
+            raise Damaged
+        message = _memory("unsigned char[]", size)
+        sealed = bytes(body)
+        if _pull(self._state.statebuf, message, _NULL, _NULL, sealed, len(sealed), _NULL, 0):
+            raise Damaged
+        if self._aead is not None:
+            self._after_slow()
+        return bytes(ffi.buffer(message))
 
     def _open_fast(self, body: memoryview) -> bytes:
         memory, aead = self._fast()
@@ -108,10 +115,8 @@ class StreamCipher:
             _rekey(self._state)
             self._aead = None
 
-    def _after_slow(self, size: int) -> None:
+    def _after_slow(self) -> None:
         # libsodium changes the key by itself when the counter wraps or a tag says so, and then
         # begins to count from 1.
-        if self._aead is not None and ffi.buffer(self._state.statebuf)[32:36] == _FIRST_COUNT:
+        if ffi.buffer(self._state.statebuf)[32:36] == _FIRST_COUNT:
             self._aead = None
-        if size > _MAX_SCRATCH:
-            self._state.rawbuf = None

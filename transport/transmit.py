@@ -21,12 +21,20 @@ class Transmit(NamedTuple):
     With ``segment`` 0 the buffers together are one datagram. Otherwise they are a run of datagrams
     of ``segment`` bytes each, the last of which may be shorter, and no buffer crosses from one
     datagram into the next: what UDP_SEGMENT takes in one call.
+
+    Datagrams leave with "don't fragment" set, unless ``may_fragment``: then it is one datagram,
+    with ``segment`` 0.
+
+    With ``ttl`` it is one datagram that passes so many routers at most (0: the usual number), which
+    says nothing about later ones.
     """
 
     socket: int
     address: Address
     buffers: tuple[Buffer, ...]
     segment: int = 0
+    may_fragment: bool = False
+    ttl: int = 0
 
 
 class Core(Protocol):

@@ -25,6 +25,9 @@ MAX_READS = 64
 _MAX_BATCH = 192 * 1024
 #: What the kernel may hand over at once: one datagram, or a run of them.
 _MAX_READ = 65_536
+#: A socket on which datagrams come one by one reads one a wake-up, without asking whether there
+#: are more; every so many wake-ups it asks.
+_CALM = 8
 #: Bytes kept for a kernel that takes no more. Above it datagrams are dropped, as the network does.
 MAX_UNSENT = 1 << 20
 #: The kernel's buffers (bytes): bursts of a whole window survive.
@@ -34,6 +37,7 @@ RECEIVE_BUFFER = 1 << 22
 # Linux: send with "don't fragment" and leave path MTU discovery to UDX (spec: udx 8.1).
 _IP_MTU_DISCOVER = 10
 _IP_PMTUDISC_PROBE = 3
+_IP_PMTUDISC_DONT = 0
 # Linux: runs of datagrams in one call. The segment size is two bytes when sent, four when read.
 _SOL_UDP = 17
 _UDP_SEGMENT = 103
@@ -77,6 +81,8 @@ class UdpSocket:
         self._segments_sent = segmenting and _takes(self._socket, _UDP_SEGMENT, 0)
         self._segments_read = segmenting and _takes(self._socket, _UDP_GRO, 1)
         self._batch = memoryview(bytearray(_MAX_BATCH + _MAX_READ))
+        # Wake-ups until it is asked again whether more than one datagram has come.
+        self._calm = 0
         self.address: Address = self._socket.getsockname()[:2]
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._readable)
@@ -84,7 +90,11 @@ class UdpSocket:
     def send(self, transmit: Transmit) -> None:
         """Hand a transmit to the kernel, or keep it while the kernel is full. Errors of the network
         are counted and otherwise ignored: loss recovery deals with them (spec: udx 2.6)."""
-        if not transmit.segment:
+        if transmit.may_fragment and sys.platform == "linux":
+            self._send_fragmentable(transmit)
+        elif transmit.ttl:
+            self._send_briefly(transmit)
+        elif not transmit.segment:
             self._send(transmit.buffers, transmit.address)
         elif not self._send_run(transmit):
             self._send_singly(transmit)
@@ -100,6 +110,31 @@ class UdpSocket:
         self._unsent_bytes = 0
 
     # Sending
+
+    def _send_fragmentable(self, transmit: Transmit) -> None:
+        """Send without "don't fragment". That is rare, and said for the socket as a whole: what
+        the kernel does not take at once is dropped, and repeated by loss recovery."""
+        set_option = self._socket.setsockopt
+        set_option(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
+        try:
+            self._socket.sendmsg(transmit.buffers, (), 0, transmit.address)
+        except OSError:
+            self.dropped += 1
+        finally:
+            set_option(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
+
+    def _send_briefly(self, transmit: Transmit) -> None:
+        """Send with another time to live, which holds for this datagram alone (spec: hyperdht 9.1,
+        pitfall 19). It is worth nothing later: what the kernel does not take at once is dropped."""
+        udp = self._socket
+        usual = udp.getsockopt(socket.IPPROTO_IP, socket.IP_TTL)
+        try:
+            udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, transmit.ttl)
+            udp.sendmsg(transmit.buffers, (), 0, transmit.address)
+        except OSError:
+            self.dropped += 1
+        finally:
+            udp.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, usual)
 
     def _send_run(self, transmit: Transmit) -> bool:
         """Whether the kernel took the run as one, or it was dropped."""
@@ -174,17 +209,20 @@ class UdpSocket:
         the one before it."""
         batch, on_run, receive = self._batch, self._on_run, self._socket.recvmsg_into
         ancillary = _ANCILLARY if self._segments_read else 0
-        start = end = 0
+        start = end = reads = 0
         segment = 0
         source: Address | None = None
-        for _ in range(MAX_READS):
+        while reads < MAX_READS:
             try:
                 size, about, _flags, sender = receive((batch[end : end + _MAX_READ],), ancillary)
             except BlockingIOError:
+                self._calm = _CALM if reads == 1 else 0
                 break
             except OSError:
                 # An ICMP error of some earlier datagram; it says nothing about this socket.
+                reads += 1
                 continue
+            reads += 1
             if not size:
                 continue
             length = _INT.unpack(about[0][2])[0] if about else size
@@ -198,6 +236,9 @@ class UdpSocket:
                 start, segment, source = end, length, sender
             end += size
             if end > _MAX_BATCH:
+                break
+            if self._calm and size <= length:
+                self._calm -= 1
                 break
         if source is not None:
             on_run(batch[start:end], segment, source)

@@ -2,9 +2,11 @@
 
 The path is described by the rate at which it delivers and by its round trip without queues; what is
 sent follows from these two, and a lost packet by itself changes nothing (spec: udx 5). Beyond what
-the reference does: a round that loses more than `_HEAVY_LOSS` ends the start, or bounds what is in
-flight until the next probes go well, so that a short queue is not kept overflowing; and a path of
-less than `UNPACED_RTT` is neither paced nor drained, as timers are coarser than it is long.
+the reference does: a round that loses more than `_HEAVY_LOSS` ends the start; later it, or one of
+less loss with a queue, bounds what is in flight until the next probes go well, and makes forget the
+rates of earlier rounds, so that a short queue is not kept overflowing and newcomers get theirs; and
+a path of less than `UNPACED_RTT` is neither paced nor drained, as timers are coarser than it is
+long.
 """
 
 from __future__ import annotations
@@ -43,6 +45,13 @@ _PACING_MARGIN = 0.99
 #: takes to tell.
 _HEAVY_LOSS = 0.2
 _MIN_LOSSES = 8
+#: The same where round trips show a queue: somebody else has joined, as a rule. The rate is what
+#: it was in that round, or this share of what it was at least; and what is in flight leaves room.
+_CROWDED_LOSS = 0.05
+_CROWDED_RATE = 0.85
+_CROWDED_GAIN = 0.85
+#: The first bound of a start: its rate lags behind what it has in flight.
+_FIRST_GAIN = 1.5
 #: A burst is worth between these (seconds of sending), an eighth of the round trip in between.
 _BURST_TIME = (0.001, 0.002)
 _MIN_BURST = 2
@@ -64,6 +73,7 @@ class Bbr:
     """How many packets may be in flight, and how fast they may leave. Times are seconds."""
 
     __slots__ = (
+        "_bounded",
         "_ceiling",
         "_flat_rounds",
         "_floor_at",
@@ -80,6 +90,8 @@ class Bbr:
         "_round",
         "_round_begin",
         "_round_end",
+        "_round_rate",
+        "_round_rtt",
         "_saved_window",
         "burst",
         "floor",
@@ -106,6 +118,11 @@ class Bbr:
         self._round_begin = 0
         self._round_end = 0
         self._lost_in_round = 0
+        # Its greatest rate, and its shortest round trip.
+        self._round_rate = 0.0
+        self._round_rtt = float("inf")
+        # Heavy loss has bounded what is in flight, at least once.
+        self._bounded = False
         self._full = False
         self._full_rate = 0.0
         self._flat_rounds = 0
@@ -133,13 +150,28 @@ class Bbr:
     def on_ack(self, sample: Sample, rtt: float | None, in_flight: int, now: float) -> None:
         """Packets were acknowledged; ``rtt`` is that of the newest, if it was sent once, and
         ``in_flight`` is what is still on its way."""
-        new_round = self._count_round(sample)
-        self._learn_rate(sample)
+        new_round = sample.prior is not None and sample.prior >= self._round_end
+        if new_round:
+            self._round_end = sample.total
+            self._round += 1
+        rate = sample.rate
+        if rate is not None:
+            self._learn_rate(rate, sample.limited)
+            if rate > self._round_rate:
+                self._round_rate = rate
+        if rtt is not None and rtt < self._round_rtt:
+            self._round_rtt = rtt
         if new_round:
             self._end_round(sample, in_flight)
-        self._learn_floor(rtt, sample, now)
-        self._change_state(in_flight, sample, now)
-        self._set_pace()
+        if rtt is not None:
+            self._learn_floor(rtt, sample, now)
+        if self.state is not State.STARTUP or self._full:
+            self._change_state(in_flight, sample, now)
+        if self.floor is not None and self.floor < UNPACED_RTT:
+            self.pace = None
+            self.burst = MAX_BURST
+        else:
+            self._set_pace()
         self._set_window(sample)
 
     def on_loss(self, packets: int) -> None:
@@ -155,18 +187,10 @@ class Bbr:
 
     # The model
 
-    def _count_round(self, sample: Sample) -> bool:
-        if sample.prior is None or sample.prior < self._round_end:
-            return False
-        self._round_end = sample.total
-        self._round += 1
-        return True
-
-    def _learn_rate(self, sample: Sample) -> None:
-        rate = sample.rate
-        if rate is None or (sample.limited and rate < self.rate):
-            return
+    def _learn_rate(self, rate: float, limited: bool) -> None:
         rates = self._rates
+        if limited and rates and rate < rates[0][1]:
+            return
         while rates and rates[-1][1] <= rate:
             rates.pop()
         rates.append((self._round, rate))
@@ -177,9 +201,11 @@ class Bbr:
         lost, self._lost_in_round = self._lost_in_round, 0
         delivered = sample.total - self._round_begin
         self._round_begin = sample.total
-        heavy = lost >= _MIN_LOSSES and lost > _HEAVY_LOSS * (lost + delivered)
-        if heavy and self._full:
-            self._ceiling = max(self.capacity(1.0), MIN_WINDOW)
+        share = lost / (lost + delivered) if lost >= _MIN_LOSSES else 0.0
+        heavy = share > _HEAVY_LOSS
+        if self._full and (heavy or (share > _CROWDED_LOSS and self._queued)):
+            self._give_way()
+        self._round_rate, self._round_rtt = 0.0, float("inf")
         if self._full or (sample.limited and not heavy):
             return
         if self.rate >= self._full_rate * _GROWTH and not heavy:
@@ -189,9 +215,23 @@ class Bbr:
         self._flat_rounds += 1
         self._full = heavy or self._flat_rounds >= _FLAT_ROUNDS
 
-    def _learn_floor(self, rtt: float | None, sample: Sample, now: float) -> None:
-        if rtt is None:
-            return
+    @property
+    def _queued(self) -> bool:
+        """Whether no packet of the round came through without waiting."""
+        return self.floor is not None and self._round_rtt > self.floor * 1.05 + 0.001
+
+    def _give_way(self) -> None:
+        """More is sent than the path takes. The rate of better rounds does not come back by
+        insisting, and as long as it is remembered, those who join cannot get their share."""
+        if self._round_rate:
+            rate = max(self._round_rate, _CROWDED_RATE * self.rate)
+            self._rates.clear()
+            self._rates.append((self._round, rate))
+        gain = _CROWDED_GAIN if self._bounded else _FIRST_GAIN
+        self._bounded = True
+        self._ceiling = max(self.capacity(gain), MIN_WINDOW)
+
+    def _learn_floor(self, rtt: float, sample: Sample, now: float) -> None:
         floor = self.floor
         if floor is None or rtt <= floor:
             self.floor, self._floor_at = rtt, now
@@ -230,7 +270,8 @@ class Bbr:
         over = now - self._phase_at > (self.floor or 0.0)
         if gain > 1.0:
             # The path is filled up to what is tried, or cannot be.
-            over = over and (self._lost_in_phase or in_flight >= self.capacity(gain))
+            most = min(self.capacity(gain), 0.9 * self._ceiling)
+            over = over and (self._lost_in_phase or in_flight >= most)
         elif gain < 1.0:
             over = over or in_flight <= self.capacity(1.0)
         if not over:
@@ -263,10 +304,6 @@ class Bbr:
     def _set_pace(self) -> None:
         if self.floor is None:
             return
-        if self.floor < UNPACED_RTT:
-            self.pace = None
-            self.burst = MAX_BURST
-            return
         gain = 1.0
         if self.state is State.STARTUP:
             gain = _HIGH_GAIN
@@ -293,6 +330,10 @@ class Bbr:
             window = min(window + sample.packets, target)
         elif window < target or sample.total < INITIAL_WINDOW:
             window += sample.packets
+        elif self.state is State.STARTUP:
+            # As large as it should be; a bound cannot have come below it, as those of loss are
+            # for what is full.
+            return
         window = min(max(window, MIN_WINDOW), self._ceiling, MAX_WINDOW)
         if self.state is State.PROBE_RTT:
             window = min(window, self._probe_rtt_window)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import heapq
 from random import Random
+from typing import cast
 
 from ..errors import DecodeError, InvalidInput
 from ..transmit import Address, Transmit
 from . import packet as wire
+from .exchange import Exchange, Stats
 from .mtu import MAX_MTU
-from .packet import decode
+from .packet import HEADER, HEADER_BYTES, decode
 from .receive import RECEIVE_WINDOW
-from .stream import Stats, Stream
+from .stream import Stream
 
 #: Seconds for which a closed stream still answers its peer: as long as a peer repeats its END that
 #: got no answer (spec: udx 2.4, which has 5 s, and 4.6).
@@ -28,6 +30,7 @@ _PLAIN = bytes((wire.MAGIC, wire.VERSION, wire.DATA, 0))
 _ACK = bytes((wire.MAGIC, wire.VERSION, wire.ACK, 0))
 #: Set in the difference of two numbers of the wire if the second is before the first.
 _BACKWARDS = 0x80000000
+_unpack = HEADER.unpack_from
 #: What a peer sends that has not heard that the stream is over.
 _WANTS_ANSWER = wire.DATA | wire.END | wire.HEARTBEAT
 
@@ -47,6 +50,7 @@ class Mux:
         "_dirty",
         "_farewells",
         "_forget_at",
+        "_news_over",
         "_order",
         "_outbox",
         "_over",
@@ -68,16 +72,18 @@ class Mux:
         self.stats = Stats()
         self._rng = rng
         self._streams: dict[int, Stream] = {}
-        self._dirty: list[Stream] = []
-        self._changed: list[Stream] = []
+        self._dirty: list[Exchange] = []
+        self._changed: list[Exchange] = []
         self._outbox: list[Transmit] = []
-        self._deadlines: list[tuple[float, int, Stream]] = []
+        self._deadlines: list[tuple[float, int, Exchange]] = []
         self._order = 0
         # Entries of the heap that belong to closed streams.
         self._stale = 0
         # Closed streams: id -> when closed (None: not yet noted) and answer; oldest first.
         self._over: dict[int, tuple[float | None, Transmit | None]] = {}
         self._farewells: dict[int, Transmit] = {}
+        # Some of them are not noted.
+        self._news_over = False
         self._forget_at: float | None = None
 
     def __len__(self) -> int:
@@ -111,12 +117,23 @@ class Mux:
     def receive(self, datagram: bytes, socket: int, source: Address, now: float) -> bool:
         """Take one datagram. False: it is another protocol's, no stream here has or recently had
         the id. Never raises for what the network sent."""
-        identifier = wire.stream_id(datagram)
-        if identifier is None:
+        if len(datagram) < HEADER_BYTES:
+            return False
+        magic, version, kind, offset, identifier, window, seq, ack = _unpack(datagram)
+        if magic != wire.MAGIC or version != wire.VERSION:
             return False
         stream = self._streams.get(identifier)
         if stream is None:
             return self._receive_late(identifier, datagram)
+        if socket == stream.socket and not offset:
+            # The two that most packets are, and need no object to be passed around in.
+            if kind == wire.DATA:
+                taken = stream.receive_next(window, seq, ack, datagram[HEADER_BYTES:], now)
+            else:
+                taken = kind == wire.ACK and stream.receive_ack(window, seq, ack, now)
+            if taken:
+                self.stats.received += 1
+                return True
         try:
             packet = decode(datagram)
         except DecodeError:
@@ -134,9 +151,12 @@ class Mux:
     ) -> list[bytes]:
         """Take a run of datagrams of ``segment`` bytes each, the last of which may be shorter.
         Returns those that are another protocol's. Nothing of ``data`` is kept."""
+        if len(data) <= segment:
+            datagram = bytes(data)
+            return [] if self.receive(datagram, socket, source, now) else [datagram]
         others: list[bytes] = []
         first = 0
-        if segment == wire.HEADER_BYTES and len(data) > segment:
+        if segment == wire.HEADER_BYTES:
             return self._receive_acks(data, socket, source, now)
         if segment > wire.HEADER_BYTES and data[: len(_PLAIN)] == _PLAIN:
             run = wire.split(data, segment)
@@ -167,7 +187,8 @@ class Mux:
                 stream.dirty = False
                 out += stream.transmits(now)
                 self._schedule(stream)
-        self._remember(now)
+        if self._news_over:
+            self._remember(now)
         return out
 
     def deadline(self) -> float | None:
@@ -189,30 +210,34 @@ class Mux:
                 continue
             stream.scheduled = None
             due = stream.deadline()
-            if due is not None and due <= now:
+            if due is None:
+                continue
+            if due <= now:
                 stream.on_deadline(now)
             else:
-                self._schedule(stream)
+                self._wake_at(due, stream)
         if self._forget_at is not None and self._forget_at <= now:
             self._forget(now)
 
     def poll(self) -> list[Stream]:
-        """The streams whose readable bytes, remote end, messages, send buffer or closedness have
-        changed since the last call, each once."""
+        """The streams whose readable bytes, remote end, messages, closedness or, if they want to
+        tell, send buffer have changed since the last call, each once."""
+        if not self._changed:
+            return []
         changed, self._changed = self._changed, []
         for stream in changed:
             stream.changed = False
-        return changed
+        return cast(list[Stream], changed)
 
     # For the streams.
 
-    def touch(self, stream: Stream) -> None:
+    def touch(self, stream: Exchange) -> None:
         """The stream may have something to send or another deadline."""
         if not stream.dirty:
             stream.dirty = True
             self._dirty.append(stream)
 
-    def changed(self, stream: Stream) -> None:
+    def changed(self, stream: Exchange) -> None:
         """Something a reader or a writer wants to know has changed."""
         if not stream.changed:
             stream.changed = True
@@ -222,7 +247,7 @@ class Mux:
         """Send the last packet of a stream that closes."""
         self._outbox.append(transmit)
 
-    def retire(self, stream: Stream, farewell: Transmit | None) -> None:
+    def retire(self, stream: Exchange, farewell: Transmit | None) -> None:
         """The stream is closed; ``farewell`` answers a peer that missed its last ACK."""
         del self._streams[stream.local_id]
         if stream.scheduled is not None:
@@ -230,6 +255,7 @@ class Mux:
             self._purge_deadlines()
         if stream.connected:
             self._over[stream.local_id] = (None, farewell)
+            self._news_over = True
             if len(self._over) > MAX_TIME_WAIT:
                 del self._over[next(iter(self._over))]
 
@@ -241,19 +267,30 @@ class Mux:
         others: list[bytes] = []
         size = wire.HEADER_BYTES
         run = wire.split(data, size)
-        for index, (start, name) in enumerate(zip(run.starts, run.ids, strict=True)):
-            last = index + 1 == len(run.ids)
+        starts, names, acks, seqs = run.starts, run.ids, run.acks, run.seqs
+        count = len(names)
+        first = 0
+        if (
+            starts.count(_ACK) == count == names.count(names[0])
+            and names[0] in self._streams
+            and _ascends(acks)
+            and _ascends(seqs)
+        ):
+            first = count - 1
+            self.stats.received += first
+        for index in range(first, count):
+            after = index + 1
             if (
-                not last
-                and start == run.starts[index + 1] == _ACK
-                and name == run.ids[index + 1]
-                and name in self._streams
-                and not (run.acks[index + 1] - run.acks[index]) & _BACKWARDS
-                and not (run.seqs[index + 1] - run.seqs[index]) & _BACKWARDS
+                after < count
+                and starts[index] == starts[after] == _ACK
+                and names[index] == names[after]
+                and names[index] in self._streams
+                and not (acks[after] - acks[index]) & _BACKWARDS
+                and not (seqs[after] - seqs[index]) & _BACKWARDS
             ):
                 self.stats.received += 1
                 continue
-            datagram = bytes(data[index * size : (index + 1) * size])
+            datagram = bytes(data[index * size : after * size])
             if not self.receive(datagram, socket, source, now):
                 others.append(datagram)
         if len(data) % size:
@@ -278,11 +315,14 @@ class Mux:
             self._farewells[identifier] = farewell
         return True
 
-    def _schedule(self, stream: Stream) -> None:
+    def _schedule(self, stream: Exchange) -> None:
         """Queue a wake-up, unless one comes early enough anyway."""
         when = stream.deadline()
         if when is None or (stream.scheduled is not None and stream.scheduled <= when):
             return
+        self._wake_at(when, stream)
+
+    def _wake_at(self, when: float, stream: Exchange) -> None:
         stream.scheduled = when
         self._order += 1
         heapq.heappush(self._deadlines, (when, self._order, stream))
@@ -301,6 +341,7 @@ class Mux:
             if closed_at is not None:
                 break
             self._over[identifier] = (now, farewell)
+        self._news_over = False
         if self._over and self._forget_at is None:
             self._forget_at = now + TIME_WAIT
 
@@ -312,3 +353,8 @@ class Mux:
             del over[identifier]
         # One wake-up for all that closed in the meantime, not one for each.
         self._forget_at = now + TIME_WAIT if over else None
+
+
+def _ascends(numbers: tuple[int, ...]) -> bool:
+    """Whether numbers of the wire, none of which has wrapped around, follow on each other."""
+    return numbers[-1] - numbers[0] < _BACKWARDS and list(numbers) == sorted(numbers)

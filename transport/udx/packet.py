@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..errors import DecodeError
+from ..transmit import Buffer
 
 HEADER_BYTES = 20
 MAGIC = 0xFF
@@ -38,7 +39,6 @@ _SEQ_HALF = 0x80000000
 
 #: The whole header, magic and version first.
 HEADER = struct.Struct("<BBBBIIII")
-_ID = struct.Struct("<4xI")
 _BLOCK = struct.Struct("<II")
 
 
@@ -59,14 +59,6 @@ class Packet(NamedTuple):
     sacks: tuple[tuple[int, int], ...] = ()
     #: Zero bytes between header and payload; not together with ``sacks``.
     padding: int = 0
-
-
-def stream_id(datagram: bytes) -> int | None:
-    """The stream id of what has the shape of a UDX packet, else None (spec: udx 1.6)."""
-    if len(datagram) < HEADER_BYTES or datagram[0] != MAGIC or datagram[1] != VERSION:
-        return None
-    identifier: int = _ID.unpack_from(datagram)[0]
-    return identifier
 
 
 def decode(datagram: bytes) -> Packet:
@@ -142,6 +134,36 @@ def split(data: memoryview, size: int) -> PacketRun:
     in a few calls: this is where bulk data comes in."""
     whole = len(data) // size * size
     return PacketRun(*zip(*_rows(size).iter_unpack(data[:whole]), strict=True))
+
+
+@lru_cache(maxsize=256)
+def _cells(size: int, count: int) -> struct.Struct:
+    return struct.Struct("<" + f"{size}s" * count)
+
+
+def cells(data: Buffer, offset: int, size: int, count: int) -> tuple[bytes, ...]:
+    """``count`` pieces of ``size`` bytes each, from ``offset`` on, in one call."""
+    return _cells(size, count).unpack_from(data, offset)
+
+
+@lru_cache(maxsize=64)
+def _table(count: int) -> struct.Struct:
+    return struct.Struct("<" + "12sII" * count)
+
+
+def plain_headers(
+    identifier: int, window: int, first: int, ack: int, count: int
+) -> tuple[bytes, ...]:
+    """The headers of ``count`` packets of plain data, numbered from ``first`` on."""
+    fields: list[bytes | int] = [
+        HEADER.pack(MAGIC, VERSION, DATA, 0, identifier, window, 0, 0)[:12]
+    ]
+    fields *= 3 * count
+    numbers = range(first, first + count)
+    wraps = first + count > SEQ_MASK
+    fields[1::3] = [number & SEQ_MASK for number in numbers] if wraps else numbers
+    fields[2::3] = [ack] * count
+    return cells(_table(count).pack(*fields), 0, HEADER_BYTES, count)
 
 
 def encode(packet: Packet) -> bytes:

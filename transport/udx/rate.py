@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+#: Seconds; what takes less time tells nothing.
+_SHORTEST = 1e-6
+
 
 class Departure(NamedTuple):
     """When packets left, and what had been delivered then. Times are seconds."""
@@ -69,9 +72,11 @@ class Delivery:
             self._limited_until = 0
         if newest is None:
             return Sample(packets, self.total)
-        self._first_sent = max(self._first_sent, newest.sent)
+        sent, prior, delivered_at, first_sent, limited = newest
+        if sent > self._first_sent:
+            self._first_sent = sent
         # Acknowledgements can bunch up, and so can departures: neither makes a path faster.
-        interval = max(newest.sent - newest.first_sent, now - newest.delivered_at)
-        count = self.total - newest.delivered
-        rate = count / interval if interval >= max(min_rtt, 1e-6) else None
-        return Sample(packets, self.total, newest.delivered, rate, newest.limited)
+        interval = max(sent - first_sent, now - delivered_at)
+        long_enough = interval >= min_rtt and interval >= _SHORTEST
+        rate = (self.total - prior) / interval if long_enough else None
+        return Sample(packets, self.total, prior, rate, limited)

@@ -46,6 +46,7 @@ class Receiver:
         "next",
         "offer",
         "readable",
+        "stirred",
     )
 
     def __init__(self, first: int = 0, capacity: int = RECEIVE_WINDOW) -> None:
@@ -60,6 +61,8 @@ class Receiver:
         #: Packets that had arrived before, and packets beyond the window.
         self.duplicates = 0
         self.dropped = 0
+        #: There is something for the window to `follow`.
+        self.stirred = False
         self._chunks: list[Buffer] = []
         self._uncredited = 0
         self._packets: dict[int, bytes] = {}
@@ -87,6 +90,23 @@ class Receiver:
     def finished(self) -> bool:
         """The peer's END and everything before it have arrived."""
         return self.end is not None and self.next > self.end
+
+    def accept_next(self, payload: bytes) -> bool:
+        """Take the DATA packet that is expected next, as `accept` would, if nothing else waits
+        for the reader or for its turn; otherwise return False."""
+        size = len(payload)
+        if self._packets or self._chunks or self.end is not None or not size:
+            return False
+        offer = self.offer
+        if self._uncredited >= offer.edge - offer.credited:
+            return False
+        self.next += 1
+        self._chunks.append(payload)
+        self.readable += size
+        self._uncredited += size
+        self._arrived += size
+        self.stirred = True
+        return True
 
     def accept(self, seq: int, payload: bytes, end: bool) -> bool:
         """Take a DATA or END packet (END without DATA: an empty payload). Returns whether
@@ -158,11 +178,14 @@ class Receiver:
         if not 0 <= size <= self._uncredited - self.readable:
             raise InvalidInput(f"credit {size} of {self._uncredited - self.readable} bytes read")
         self._uncredited -= size
+        self.stirred = True
         self.offer.credit(size)
 
     def follow(self, rtt: float | None, now: float) -> None:
         """Adapt the window, after the reader had its turn; ``rtt`` (seconds) is the path's round
         trip, if it is known."""
+        # Over and again while more is held than should be, which time alone decides about.
+        self.stirred = self._uncredited > self.offer.base
         self.offer.follow(self._uncredited, self._arrived + self._stored, rtt, now)
 
     def blocks(self) -> tuple[tuple[int, int], ...]:
@@ -184,6 +207,7 @@ class Receiver:
         self._packets[seq] = payload
         self._ranges.add(seq, seq + 1)
         self._stored += len(payload)
+        self.stirred = True
 
     @property
     def _reach(self) -> int:
@@ -197,6 +221,7 @@ class Receiver:
         self._packets.update(zip(numbers, payloads, strict=True))
         self._ranges.add(seq, behind)
         self._stored += size
+        self.stirred = True
         return True
 
     def _advance(self) -> None:
@@ -220,9 +245,13 @@ class Receiver:
         self.readable += size
         self._uncredited += size
         self._arrived += size
-        if size < _SMALL and self._chunks:
-            last = self._chunks[-1]
-            if isinstance(last, bytearray) and len(last) < _SMALL:
+        self.stirred = True
+        chunks = self._chunks
+        if size < _SMALL and chunks and len(chunks[-1]) < _SMALL:
+            last = chunks[-1]
+            if isinstance(last, bytearray):
                 last += payload
-                return
-        self._chunks.append(payload if size >= _SMALL else bytearray(payload))
+            else:
+                chunks[-1] = bytearray(last) + payload
+            return
+        chunks.append(payload)

@@ -9,10 +9,11 @@ wrap-around.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from .mtu import BASE_PAYLOAD
 from .ranges import RangeSet
 from .rate import Departure
 
@@ -77,6 +78,7 @@ class Flight:
 
     __slots__ = (
         "_fack",
+        "_large_sent",
         "_min_rtt_at",
         "_rack_end",
         "_rack_rtt",
@@ -88,8 +90,12 @@ class Flight:
         "_sacked",
         "_settled",
         "_touched",
+        "_untold",
+        "cut_before",
+        "horizon",
         "lost",
         "min_rtt",
+        "narrow",
         "next",
         "probe",
         "reorder_at",
@@ -105,8 +111,16 @@ class Flight:
         self.next = first
         #: Number of the packet that probes a larger MTU.
         self.probe: int | None = None
+        #: Packets before this one may be fragmented when they are sent again: the path may have
+        #: become too narrow for them, and a number cannot be divided (spec: udx 1.4).
+        self.cut_before = first
+        #: One that may not be was lost twice, and nothing as large has arrived since.
+        self.narrow = False
         #: Lost and not sent again yet.
         self.lost = RangeSet()
+        #: What the last ACK had no room to tell begins here; None if it told everything. What lies
+        #: beyond is not lost for want of a SACK.
+        self.horizon: int | None = None
         #: When packets that are late now will count as lost; None for no such packets.
         self.reorder_at: float | None = None
         #: Smoothed round trip in seconds, None before the first sample; retransmission timeout.
@@ -119,6 +133,8 @@ class Flight:
         self._resent: dict[int, Departure] = {}
         # SACKed, lost or retransmitted: what is not here still is as it first left.
         self._touched = RangeSet()
+        # Packets beyond the horizon that have left the path: arrived or lost, nobody can tell yet.
+        self._untold = 0
         # What lies before has been told lost or arrived: it is not looked at again.
         self._settled = first
         #: The shortest round trip of late; 0 before the first.
@@ -128,6 +144,8 @@ class Flight:
         self._rack_sent = float("-inf")
         self._rack_end = first
         self._rack_rtt = 0.0
+        # When the newest packet above the base size left that arrived.
+        self._large_sent = float("-inf")
         # Number behind the highest acknowledged one.
         self._fack = first
         self._reordering = False
@@ -141,7 +159,12 @@ class Flight:
     @property
     def in_flight(self) -> int:
         """Packets that are on the way as far as is known (spec: udx 3.2)."""
-        return self.next - self.una - self._sacked.total - self.lost.total
+        return self.next - self.una - self._sacked.total - self.lost.total - self._untold
+
+    @property
+    def disturbed(self) -> bool:
+        """Some packet is SACKed, lost or retransmitted: `detect_losses` may find something."""
+        return self._touched.total != 0
 
     @property
     def sacked(self) -> int:
@@ -178,14 +201,20 @@ class Flight:
         self._resent[seq] = left
         return self.find(seq)
 
+    def is_large(self, seq: int) -> bool:
+        """Whether an outstanding packet is above the size that every path carries."""
+        return self.find(seq).slice(seq)[1] > BASE_PAYLOAD
+
     def newest(self) -> int | None:
         """The highest outstanding number that is not SACKed."""
         gaps = self._sacked.gaps(self.una, self.next)
         return gaps[-1][1] - 1 if gaps else None
 
-    def acknowledge(self, ack: int, blocks: Iterable[tuple[int, int]], now: float) -> Acknowledged:
+    def acknowledge(self, ack: int, blocks: Sequence[tuple[int, int]], now: float) -> Acknowledged:
         """Apply an ACK: everything before ``ack``, and the blocks. ``ack`` must not be beyond
         `next`; one before `una` tells nothing, and senseless blocks are skipped (spec: udx 4.3)."""
+        if ack > self.una and not blocks and not self.disturbed:
+            return self._acknowledge_in_order(ack, now)
         result = Acknowledged()
         fresh: list[tuple[int, int]] = []
         if ack > self.una:
@@ -207,9 +236,11 @@ class Flight:
         Returns the ranges that are newly lost; ``recovering`` says whether a loss is being
         repaired."""
         self.reorder_at = None
-        if not self._sacked and not self._resent:
+        self._untold = 0
+        if not self._sacked.total and not self._resent:
             return []
         patience = self._rack_rtt + self._reorder_window(recovering)
+        horizon = self.next if self.horizon is None else self.horizon
         late: list[tuple[int, int]] = []
         self._settled = max(self._settled, self.una)
         runs = self._runs
@@ -218,23 +249,30 @@ class Flight:
             run = runs[index]
             index += 1
             sent = run.left.sent
-            if sent > self._rack_sent:
+            if sent > self._rack_sent or run.first >= horizon:
                 break
             end = run.end if sent < self._rack_sent else min(run.end, self._rack_end)
+            end = min(end, horizon)
             gaps = self._touched.gaps(max(run.first, self._settled), end)
             if gaps and sent + patience > now:
                 self.reorder_at = sent + patience
                 break
             late += gaps
             self._settled = max(self._settled, end)
+        if self.horizon is not None:
+            self._untold = self._count_untold(max(self.horizon, self._settled))
         for seq, (sent, *_) in self._resent.items():
             if (sent, seq) >= (self._rack_sent, self._rack_end):
                 break
+            if seq >= horizon:
+                continue
             if sent + patience > now:
                 when = sent + patience
                 self.reorder_at = when if self.reorder_at is None else min(when, self.reorder_at)
                 break
             late.append((seq, seq + 1))
+            if sent > self._large_sent and seq >= self.cut_before and self.is_large(seq):
+                self.narrow = True
         self._lose(late)
         return late
 
@@ -253,14 +291,27 @@ class Flight:
             if left.sent + patience < now or seq == self.una
         ]
         self._lose(late)
+        self._untold = 0
         return late
 
     def clear(self) -> None:
         """Forget what is outstanding; `next` and `una` stay for the headers of last packets."""
         self._runs.clear()
         self._resent.clear()
+        self._untold = 0
         for ranges in (self._sacked, self.lost, self._touched):
             ranges.clear()
+
+    def _count_untold(self, horizon: int) -> int:
+        """Packets beyond the horizon that left before one that arrived."""
+        untold = 0
+        runs = self._runs
+        for run in islice(runs, max(bisect_right(runs, horizon, key=_first) - 1, 0), None):
+            if run.left.sent >= self._rack_sent:
+                break
+            gaps = self._touched.gaps(max(run.first, horizon), run.end)
+            untold += sum(end - start for start, end in gaps)
+        return untold
 
     def _lose(self, ranges: list[tuple[int, int]]) -> None:
         for start, end in ranges:
@@ -268,6 +319,38 @@ class Flight:
             self._touched.add(start, end)
             if end - start == 1:
                 self._resent.pop(start, None)
+
+    def _acknowledge_in_order(self, ack: int, now: float) -> Acknowledged:
+        """The same for an ACK that moves `una`, while every outstanding packet is as it first
+        left."""
+        una, runs = self.una, self._runs
+        probe = self.probe is not None and una <= self.probe < ack
+        if probe:
+            self.probe = None
+        run, done = runs[0], 0
+        while run.end < ack:
+            done += 1
+            run = runs[done]
+        left = run.left
+        sent = left.sent
+        if run.length > BASE_PAYLOAD and run.slice(max(una, run.first))[1] > BASE_PAYLOAD:
+            self._large_sent = max(self._large_sent, sent)
+        self._fack = max(self._fack, ack)
+        rtt = now - sent
+        if not _MIN_RTT <= rtt <= _MAX_RTT:
+            rtt = min(max(rtt, _MIN_RTT), _MAX_RTT)
+        self._sample(rtt, now)
+        if sent > self._rack_sent or (sent == self._rack_sent and ack > self._rack_end):
+            self._rack_sent, self._rack_end = sent, ack
+        self._rack_rtt = rtt
+        self.reorder_at = None
+        self._untold = 0
+        self.una = ack
+        if run.end == ack:
+            done += 1
+        if done:
+            del runs[:done]
+        return Acknowledged(ack - una, True, left, rtt, probe)
 
     def _learn(self, fresh: list[tuple[int, int]], now: float, result: Acknowledged) -> None:
         """Take the round trip and the RACK mark from newly acknowledged ranges."""
@@ -282,7 +365,10 @@ class Flight:
             if self._resent:
                 untouched = self._settle_resent(start, end, now, result)
             for low, high in untouched:
-                left = self.find(high - 1).left
+                run = self.find(high - 1)
+                left = run.left
+                if run.slice(max(low, run.first))[1] > BASE_PAYLOAD:
+                    self._large_sent = max(self._large_sent, left.sent)
                 if latest is None or (left, high) > latest:
                     latest = (left, high)
                 if low < self._fack:
@@ -334,9 +420,11 @@ class Flight:
         if self.srtt is None:
             self.srtt, self.rttvar = rtt, rtt / 2
         else:
-            self.rttvar = (3 * self.rttvar + abs(self.srtt - rtt)) / 4
-            self.srtt = (7 * self.srtt + rtt) / 8
-        self.rto = min(max(self.srtt + 4 * self.rttvar, MIN_RTO), MAX_RTO)
+            srtt = self.srtt
+            self.rttvar = (3 * self.rttvar + abs(srtt - rtt)) / 4
+            self.srtt = (7 * srtt + rtt) / 8
+        rto = self.srtt + 4 * self.rttvar
+        self.rto = MIN_RTO if rto < MIN_RTO else min(rto, MAX_RTO)
 
     def _reorder_window(self, recovering: bool) -> float:
         if not self._reordering and (recovering or self._sacked.total >= _DUPLICATE_THRESHOLD):

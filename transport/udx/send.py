@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from ..transmit import Buffer
+from .packet import cells
 
 #: A packet made of more pieces than this is joined: the kernel takes 1024 pieces a call, and a run
 #: has up to 64 packets.
@@ -57,7 +58,11 @@ class SendBuffer:
             # All packets that lie in this chunk as a whole, and then one that does not.
             inside = min(len(chunk) - begin, end - offset)
             inside -= inside % size if offset + inside < end else 0
-            packets += [chunk[at : at + size] for at in range(begin, begin + inside, size)]
+            whole = inside // size
+            if whole:
+                packets += cells(chunk, begin, size, whole)
+            if inside % size:
+                packets.append(chunk[begin + whole * size : begin + inside])
             offset += inside
             if offset < end:
                 packets.append(b"".join(self.pieces(offset, min(size, end - offset))))

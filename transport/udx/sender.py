@@ -11,9 +11,9 @@ from typing import Protocol
 from ..transmit import Buffer
 from . import packet as wire
 from .bbr import Bbr
-from .mtu import MAX_MTU, MtuSearch
+from .mtu import BASE_PAYLOAD, MAX_MTU, MtuSearch
 from .pacing import Pacer
-from .packet import HEADER_BYTES, expand
+from .packet import HEADER_BYTES, MAX_SACK_BLOCKS, expand
 from .rate import Delivery
 from .recovery import Acknowledged, Flight, Run
 from .send import SendBuffer
@@ -29,6 +29,10 @@ _MAX_RUN_PACKETS = 64
 #: the peer's own pace would set it off. Seconds.
 _ACK_DELAY = 0.002
 _MIN_PROBE_TIMEOUT = 0.01
+#: The least time between later probes, and their share of the time without an answer: about thirty
+#: until the peer is given up, on paths that are not long. Seconds.
+_REPEAT_AFTER = 0.2
+_REPEATS = 12
 
 
 class Carrier(Protocol):
@@ -40,7 +44,9 @@ class Carrier(Protocol):
     def headers(self, first: int, count: int) -> list[bytes]:
         """The headers of a run of new packets with plain data."""
 
-    def carry(self, buffers: list[Buffer], segment: int, seq: int) -> None:
+    def carry(
+        self, buffers: list[Buffer], segment: int, seq: int, may_fragment: bool = False
+    ) -> None:
         """Send what makes up one `Transmit`, beginning with packet ``seq``."""
 
 
@@ -50,6 +56,7 @@ class Sender:
     __slots__ = (
         "_buffer",
         "_delivery",
+        "_heard_at",
         "_known_sacks",
         "_offset",
         "_pace_at",
@@ -113,6 +120,8 @@ class Sender:
         # It began with a timeout: there is nothing to probe.
         self._timed_out = False
         self._timeouts = 0
+        # When the peer last told something new, or had nothing to tell.
+        self._heard_at = 0.0
         self._probe_owed = False
         self._probe_permitted = False
         self._rto_at: float | None = None
@@ -177,25 +186,34 @@ class Sender:
     ) -> Acknowledged | None:
         """Apply an ACK (``sacks`` as on the wire). Returns None if it told nothing new."""
         flight = self.flight
-        if flight.outstanding == 0 or not (ack > flight.una or sacks):
+        if flight.una == flight.next or not (ack > flight.una or sacks):
             return None
+        blocks: list[tuple[int, int]] = []
         known = self._known_sacks
-        blocks = [
-            (expand(one, ack), expand(end, ack)) for one, end in sacks if (one, end) not in known
-        ]
-        if blocks or known:
+        if sacks or known:
+            blocks = [
+                (expand(one, ack), expand(end, ack))
+                for one, end in sacks
+                if (one, end) not in known
+            ]
             self._known_sacks = frozenset(sacks)
+        full = len(sacks) >= MAX_SACK_BLOCKS
+        flight.horizon = expand(sacks[-1][1], ack) if full else None
+        disturbed = flight.disturbed or bool(blocks)
         result = flight.acknowledge(ack, blocks, now)
         if not result.packets and not result.advanced:
             return None
-        self.mtu.begin()
+        self._heard_at = now
+        if not self.mtu.begun:
+            self.mtu.begin()
         if result.probe:
             self.mtu.acknowledged()
         if result.packets:
             self._probe_permitted = True
         if result.advanced:
             self._advance(now)
-        self._detect_losses(now)
+        if disturbed:
+            self._detect_losses(now)
         sample = self._delivery.arrived(result.packets, result.newest, flight.min_rtt, now)
         self.congestion.on_ack(sample, result.rtt, flight.in_flight, now)
         self._arm_probe(now)
@@ -204,17 +222,36 @@ class Sender:
     def transmit(self, carrier: Carrier, now: float) -> None:
         """Send what may be sent now: what got lost, then what is new, then an owed probe."""
         self._pace_at = None
-        if self.flight.lost or self.pending:
+        flight = self.flight
+        if flight.lost.total or self.pending:
             self._send_paced(carrier, now)
         if self._probe_owed:
             self._send_probe(carrier, now)
-        self._arm(now)
+        # Timers that have nothing to wait for stop.
+        if flight.una != flight.next:
+            self._zero_at = None
+            return
+        self._rto_at = self._tlp_at = flight.reorder_at = None
+        if self.window or not self.pending:
+            self._zero_at = None
+        elif self._zero_at is None:
+            self._zero_at = now + flight.rto
 
     def deadline(self) -> float | None:
         """When `on_deadline` must be called at the latest."""
-        reorder_at = self.flight.reorder_at
-        times = (self._pace_at, self._rto_at, self._tlp_at, reorder_at, self._zero_at)
-        return min((when for when in times if when is not None), default=None)
+        soonest, when = self._tlp_at, self._rto_at
+        if when is not None and (soonest is None or when < soonest):
+            soonest = when
+        when = self._pace_at
+        if when is not None and (soonest is None or when < soonest):
+            soonest = when
+        when = self.flight.reorder_at
+        if when is not None and (soonest is None or when < soonest):
+            soonest = when
+        when = self._zero_at
+        if when is not None and (soonest is None or when < soonest):
+            soonest = when
+        return soonest
 
     def on_deadline(self, now: float) -> int:
         """Do what has become due. Returns how many retransmission timeouts there were in a row,
@@ -242,17 +279,19 @@ class Sender:
     def _send_paced(self, carrier: Carrier, now: float) -> None:
         """Send as much as the congestion window, the peer's window and the pacer permit."""
         flight, congestion, pacer = self.flight, self.congestion, self._pacer
+        in_flight, payload = flight.in_flight, self.mtu.payload
         # Any window but an empty one permits one packet (spec: udx 3.2).
-        permitted = max(1, self.window // self.mtu.payload) if self.window else 0
-        unsent = -(-self.unsent // self.mtu.payload) + (self.end_queued and not self.end_sent)
-        fresh = min(permitted - flight.in_flight, unsent)
-        room = int(congestion.window) - flight.in_flight
-        wanted = min(room, flight.lost.total + max(fresh, 0))
+        permitted = (self.window // payload or 1) if self.window else 0
+        unsent = -((self._offset - self._buffer.end) // payload)
+        unsent += self.end_queued and not self.end_sent
+        fresh = min(permitted - in_flight, unsent)
+        lost = flight.lost.total
+        wanted = min(int(congestion.window) - in_flight, lost + fresh if fresh > 0 else lost)
         if wanted > 0:
             granted = pacer.grant(wanted, congestion.pace, congestion.burst, now)
-            repeated = self._resend(granted, carrier, now)
-            sent = self._send_new(min(granted - repeated, fresh), carrier, now)
-            pacer.spend(repeated + sent)
+            done = self._resend(granted, carrier, now) if lost else 0
+            done += self._send_new(min(granted - done, fresh), carrier, now)
+            pacer.spend(done)
             wanted -= granted
         if wanted > 0 and congestion.pace is not None:
             self._pace_at = pacer.ready_at(wanted, congestion.pace, congestion.burst)
@@ -262,7 +301,7 @@ class Sender:
     def _send_new(self, budget: int, carrier: Carrier, now: float) -> int:
         """Send up to ``budget`` new packets; returns how many."""
         sent = 0
-        while sent < budget and self.pending:
+        while sent < budget and (sent == 0 or self.pending):
             sent += self._send_run(budget - sent, carrier, now)
         if sent:
             self._arm_probe(now)
@@ -270,34 +309,38 @@ class Sender:
 
     def _send_run(self, budget: int, carrier: Carrier, now: float) -> int:
         """Send up to ``budget`` new packets in one transmit; returns how many."""
-        size = self.mtu.payload
-        available = self.unsent
-        first = self.flight.next
-        padding = self.mtu.padding(min(size, available)) if self.probing else 0
-        if padding:
-            self.mtu.sent()
-            self.flight.probe = first
+        flight, mtu, offset = self.flight, self.mtu, self._offset
+        size = mtu.payload
+        length = available = self._buffer.end - offset
+        first = flight.next
+        padding = 0
+        if mtu.wanted and self.probing and (padding := mtu.padding(min(size, available))):
+            mtu.sent()
+            flight.probe = first
             budget = 1
-        most = min(budget, _MAX_RUN_BYTES // (size + HEADER_BYTES), _MAX_RUN_PACKETS)
-        length = min(available, most * size)
-        count = max(1, -(-length // size))
+        count = 1
+        if length > size:
+            most = min(budget, _MAX_RUN_BYTES // (size + HEADER_BYTES), _MAX_RUN_PACKETS)
+            length = min(available, most * size)
+            count = -(-length // size)
         fin = self.end_queued and length == available and not (self.end_apart and length)
-        left = self._delivery.depart(now, idle=self.flight.in_flight == 0)
-        run = Run(first, first + count, self._offset, length, size, left, fin)
+        left = self._delivery.depart(now, idle=flight.in_flight == 0)
+        run = Run(first, first + count, offset, length, size, left, fin)
         buffers: list[Buffer] = []
         plain = 0 if padding or count == 1 else count - fin
         if plain:
             buffers = [b""] * (2 * plain)
             buffers[::2] = carrier.headers(first, plain)
-            buffers[1::2] = self._buffer.cut(self._offset, min(length, plain * size), size)
-        for seq in range(first + plain, run.end):
+            buffers[1::2] = self._buffer.cut(offset, min(length, plain * size), size)
+        for seq in range(first + plain, first + count):
             self._append_packet(buffers, run, seq, carrier, padding)
         carrier.carry(buffers, size + HEADER_BYTES if count > 1 else 0, first)
-        self._offset += length
+        self._offset = offset + length
         self.end_sent = fin
-        if self.idle:
-            self._rto_at = now + self.flight.rto
-        self.flight.sent(run)
+        if first == flight.una:
+            self._rto_at = now + flight.rto
+            self._heard_at = now
+        flight.sent(run)
         self.sent += count
         return count
 
@@ -316,16 +359,20 @@ class Sender:
         left = self._delivery.depart(now, idle=flight.in_flight == 0)
         buffers: list[Buffer] = []
         most = count = 0
+        cut = False
         for seq in packets:
             size = flight.find(seq).slice(seq)[1]
-            if count and (size > most or (count + 1) * (most + HEADER_BYTES) > _MAX_RUN_BYTES):
+            cut = size > BASE_PAYLOAD and seq < flight.cut_before
+            if count and (
+                cut or size > most or (count + 1) * (most + HEADER_BYTES) > _MAX_RUN_BYTES
+            ):
                 break
             most = max(most, size)
             self._append_packet(buffers, flight.resent(seq, left), seq, carrier, 0)
             count += 1
-            if size < most:
+            if cut or size < most:
                 break
-        carrier.carry(buffers, most + HEADER_BYTES if count > 1 else 0, packets[0])
+        carrier.carry(buffers, most + HEADER_BYTES if count > 1 else 0, packets[0], cut)
         self.sent += count
         self.retransmissions += count
         return count
@@ -333,7 +380,8 @@ class Sender:
     def _append_packet(
         self, buffers: list[Buffer], run: Run, seq: int, carrier: Carrier, padding: int
     ) -> None:
-        offset, length = run.slice(seq)
+        length = run.length
+        offset, length = run.slice(seq) if length > run.size else (run.offset, length)
         kind = wire.DATA if length else 0
         if run.fin and seq == run.end - 1:
             kind |= wire.END
@@ -346,11 +394,18 @@ class Sender:
     def _send_probe(self, carrier: Carrier, now: float) -> None:
         """The tail-loss probe: something new if there is, else the newest again (spec: udx 4.5);
         beyond a gap the oldest, which the peer's reader waits for. It proves lost what left before
-        it, a retransmission too."""
+        it, a retransmission too. As long as it gets no answer, the oldest follows, less and less
+        often: seven timeouts may all fall into one burst of losses."""
         flight = self.flight
         self._probe_owed = False
-        probe = flight.una if flight.sacked else flight.newest()
-        if probe is None or self._timed_out or not self._probe_permitted:
+        first = self._probe_permitted and not self._timed_out
+        probe = flight.una if flight.sacked or not first else flight.newest()
+        if probe is None or self.idle:
+            return
+        if not first:
+            self._lose_probe([(probe, probe + 1)])
+            self._repeat([probe], carrier, now)
+            self._arm_probe(now)
             return
         self._probe_permitted = False
         if self.pending and self.window and not flight.sacked:
@@ -359,14 +414,19 @@ class Sender:
             self._lose_probe([(probe, probe + 1)])
             self._repeat([probe], carrier, now)
         self._rto_at = now + self.flight.rto
+        self._arm_probe(now)
 
     def _advance(self, now: float) -> None:
         """The oldest outstanding packet is another one."""
         flight = self.flight
         self._timeouts = 0
         offset = flight.acknowledged_offset
-        self._buffer.release(self._offset if offset is None else offset)
-        self._rto_at = now + flight.rto if flight.outstanding else None
+        if offset is None:
+            self._buffer.release(self._offset)
+            self._rto_at = None
+        else:
+            self._buffer.release(offset)
+            self._rto_at = now + flight.rto
         if self._recover_until is not None and flight.una >= self._recover_until:
             self._recover_until = None
             self._timed_out = False
@@ -375,6 +435,8 @@ class Sender:
         late = self.flight.detect_losses(now, recovering=self._recover_until is not None)
         if late and (packets := self._lose_probe(late)):
             self.congestion.on_loss(packets)
+            if self.flight.narrow:
+                self._narrow()
             if self._recover_until is None:
                 self._recover_until = self.flight.next
 
@@ -392,30 +454,33 @@ class Sender:
         flight = self.flight
         self._timeouts += 1
         self._rto_at = now + 2 * flight.rto
-        self._tlp_at = None
         self._probe_owed = False
         self._lose_probe(flight.expire(now))
+        if flight.is_large(flight.una):
+            self._narrow()
         flight.reorder_at = None
         self._recover_until = flight.next
         self._timed_out = True
         self.congestion.on_timeout(flight.in_flight)
+        self._arm_probe(now)
         return self._timeouts
+
+    def _narrow(self) -> None:
+        """Nothing large comes through: look for the path's MTU again, and let what is under way be
+        fragmented."""
+        self.flight.narrow = False
+        self.flight.cut_before = self.flight.next
+        self.flight.probe = None
+        self.mtu.begin_again()
 
     def _arm_probe(self, now: float) -> None:
         flight = self.flight
-        permitted = self._probe_permitted and not self._timed_out
-        if flight.outstanding == 0 or not permitted or flight.srtt is None:
+        if flight.una == flight.next or flight.srtt is None:
             self._tlp_at = None
             return
-        self._tlp_at = now + max(2 * flight.srtt + _ACK_DELAY, _MIN_PROBE_TIMEOUT)
-
-    def _arm(self, now: float) -> None:
-        """Stop the timers that have nothing to wait for, and start the one for a closed window."""
-        if not self.idle:
-            self._zero_at = None
-            return
-        self._rto_at = self._tlp_at = self.flight.reorder_at = None
-        if self.window or not self.pending:
-            self._zero_at = None
-        elif self._zero_at is None:
-            self._zero_at = now + self.flight.rto
+        wait = 2 * flight.srtt + _ACK_DELAY
+        if self._probe_permitted and not self._timed_out:
+            self._tlp_at = now + max(wait, _MIN_PROBE_TIMEOUT)
+        else:
+            silence = now - self._heard_at
+            self._tlp_at = now + max(wait, _REPEAT_AFTER, silence / _REPEATS)

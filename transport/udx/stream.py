@@ -9,186 +9,23 @@ A stream only keeps state; `mux.Mux` owns it, gives it its packets and collects 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
-from ..errors import Broken, Closed, InvalidInput, StreamReset, StreamTimeout
-from ..transmit import Address, Buffer, Transmit
+from ..errors import Closed, InvalidInput
+from ..transmit import Address, Buffer
 from . import packet as wire
-from .packet import SEQ_MASK, Packet, PacketRun, expand
-from .receive import Receiver
-from .sender import MAX_TIMEOUTS, Sender
+from .exchange import MAX_MESSAGE_BYTES, MAX_MESSAGES, Exchange, Remote
+from .packet import SEQ_MASK
 
 #: Asked about packets from a socket that is not the stream's: (stream, socket, source, now).
 Firewall = Callable[["Stream", int, Address, float], bool]
 
-#: Messages kept for the reader, and for the next `transmits`; older ones are dropped.
-MAX_MESSAGES = 64
-#: The longest message the reference takes: its datagram buffer less the header (spec: udx 1.5).
-MAX_MESSAGE_BYTES = 2028
 
-
-#: Packets of plain data that one ACK answers in a bulk transfer, and how long one may wait for
-#: more, or for data of ours to carry it: the peer's tail-loss probe allows 2 ms (spec: udx 4.2).
-ACK_EVERY = 64
-ACK_DELAY = 0.001
-#: Packets at the start of a stream that are acknowledged at once: the peer's window opens by ACKs.
-QUICK_ACKS = 64
-
-
-@dataclass(slots=True)
-class Stats:
-    """What happened so far, in packets unless said otherwise."""
-
-    received: int = 0
-    #: Named a live stream and made no sense.
-    malformed: int = 0
-    #: Named no stream that is known here.
-    unknown: int = 0
-    #: Refused by a firewall hook, or by there being none.
-    blocked: int = 0
-    #: Had arrived before.
-    duplicates: int = 0
-    #: Lay beyond the window, or after the end.
-    overruns: int = 0
-    #: Acknowledged what was never sent.
-    wrong_acks: int = 0
-    sent: int = 0
-    retransmissions: int = 0
-    acks: int = 0
-    #: Retransmission timeouts.
-    timeouts: int = 0
-
-
-class Owner(Protocol):
-    """What a stream needs of the mux that owns it."""
-
-    stats: Stats
-
-    def touch(self, stream: Stream) -> None:
-        """The stream may have something to send or another deadline."""
-
-    def changed(self, stream: Stream) -> None:
-        """Something a reader or a writer wants to know has changed."""
-
-    def say(self, transmit: Transmit) -> None:
-        """Send the last packet of a stream that closes."""
-
-    def retire(self, stream: Stream, farewell: Transmit | None) -> None:
-        """The stream is closed; ``farewell`` answers a peer that missed its last ACK."""
-
-
-@dataclass(slots=True)
-class _Remote:
-    """Where packets up to a number go when they are sent again (spec: udx 2.8)."""
-
-    until: int
-    id: int
-    address: Address
-
-
-class Stream:
+class Stream(Exchange):
     """See `Mux.create`. Times are seconds; every call with ``now`` takes effect on the wire at the
     next `Mux.transmits`."""
 
-    __slots__ = (
-        "_ack_at",
-        "_ack_owed",
-        "_ack_soon",
-        "_advertised",
-        "_current",
-        "_heartbeat_owed",
-        "_keep_alive",
-        "_keep_alive_at",
-        "_kept_ack",
-        "_link_mtu",
-        "_old_remotes",
-        "_outbox",
-        "_owner",
-        "_quick_acks",
-        "_receiver",
-        "_sender",
-        "_transmits",
-        "_unacknowledged",
-        "address",
-        "changed",
-        "closed",
-        "connected",
-        "dirty",
-        "ended",
-        "error",
-        "firewall",
-        "has_received",
-        "local_id",
-        "messages",
-        "remote_ended",
-        "remote_id",
-        "scheduled",
-        "socket",
-    )
-
-    def __init__(
-        self,
-        owner: Owner,
-        local_id: int,
-        *,
-        receive_window: int,
-        link_mtu: int,
-        first_seq: int = 0,
-        first_ack: int = 0,
-    ) -> None:
-        #: The id that packets to this stream carry.
-        self.local_id = local_id
-        #: The peer's id, socket and address, once connected; before, None, -1 and ("", 0).
-        self.remote_id: int | None = None
-        self.socket = -1
-        self.address: Address = ("", 0)
-        self.connected = False
-        #: Asked about each packet that arrives on a socket that is not the stream's, so also about
-        #: each one before `connect`. It may call `connect` or `change_remote`. True processes the
-        #: packet, False drops it; None drops them all (spec: udx 2.3).
-        self.firewall: Firewall | None = None
-        #: The peer's END and everything before it have arrived, and the ACK is on its way.
-        self.remote_ended = False
-        #: The peer has acknowledged everything, our END included.
-        self.ended = False
-        self.closed = False
-        #: Why it closed: None for an end both ways or a local `destroy`.
-        self.error: Broken | None = None
-        #: Payloads of messages that arrived, oldest first.
-        self.messages: deque[bytes] = deque(maxlen=MAX_MESSAGES)
-        #: A packet for this stream was let in.
-        self.has_received = False
-        #: The mux's marks: in its lists of streams to serve and to report; next wake-up queued.
-        self.dirty = False
-        self.changed = False
-        self.scheduled: float | None = None
-
-        self._owner = owner
-        self._receiver = Receiver(first_ack, receive_window)
-        self._sender = Sender(first_seq, first_ack, link_mtu)
-        self._link_mtu = link_mtu
-        self._current = _Remote(0, 0, self.address)
-        self._old_remotes: list[_Remote] = []
-        self._outbox: list[bytes] = []
-        # What `transmits` has collected so far.
-        self._transmits: list[Transmit] = []
-        # The window the peer last heard of.
-        self._advertised = receive_window
-        # An ACK by itself must go out; one must, unless data carries it; one must at this time.
-        self._ack_owed = False
-        self._ack_soon = False
-        self._ack_at: float | None = None
-        # Packets of plain data since the last ACK, and how many more are acknowledged at once.
-        self._unacknowledged = 0
-        self._quick_acks = QUICK_ACKS
-        # Number and blocks of the newest ACK that is not applied yet.
-        self._kept_ack: tuple[int, tuple[tuple[int, int], ...]] | None = None
-        self._heartbeat_owed = False
-        self._keep_alive: float | None = None
-        self._keep_alive_at: float | None = None
+    __slots__ = ()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "connected" if self.connected else "created"
@@ -242,7 +79,7 @@ class Stream:
             raise InvalidInput(f"{self!r} is not connected; use connect")
         flight = self._sender.flight
         if flight.outstanding:
-            self._old_remotes.append(_Remote(flight.next, self.remote_id, self.address))
+            self._old_remotes.append(Remote(flight.next, self.remote_id, self.address))
         self._set_remote(socket, remote_id, address)
         self._sender.new_path(self._link_mtu)
         self._owner.touch(self)
@@ -250,10 +87,14 @@ class Stream:
     def write(self, data: Buffer, now: float) -> None:
         """Queue bytes, kept by reference until they are acknowledged: do not change them. There
         is no limit here; look at `unsent` and `unacked`. Raises Closed after end or close."""
-        self._check_writable()
-        self._sender.write(data)
-        self._wake_window(now)
-        self._owner.touch(self)
+        sender = self._sender
+        if self.closed or sender.end_queued:
+            raise Closed("the stream has ended or is closed; open another")
+        sender.write(data)
+        if self.connected and not sender.window:
+            sender.wake_window(now)
+        if not self.dirty:
+            self._owner.touch(self)
 
     def end(self, now: float) -> None:
         """Send END after all that is queued; receiving goes on. Twice is once. Raises Closed after
@@ -262,7 +103,8 @@ class Stream:
         if self._sender.end_queued:
             return
         self._sender.end_queued = True
-        self._wake_window(now)
+        if self.connected:
+            self._sender.wake_window(now)
         self._owner.touch(self)
 
     def destroy(self, now: float) -> None:
@@ -282,6 +124,13 @@ class Stream:
         del self._outbox[:-MAX_MESSAGES]
         self._owner.touch(self)
 
+    def heartbeat(self, now: float) -> None:
+        """Ask the peer for an ACK, once (spec: udx 2.7); possible after `end` as well. The packet
+        may get lost: ask again. Without effect unless connected and open."""
+        if self.connected and not self.closed:
+            self._heartbeat_owed = True
+            self._owner.touch(self)
+
     def read(self, limit: int | None = None) -> list[Buffer]:
         """Take up to ``limit`` in-order bytes (None: all). They count against the window until
         `credit`."""
@@ -292,298 +141,12 @@ class Stream:
         when it had become small. Raises InvalidInput for more than was read."""
         receiver = self._receiver
         receiver.credit(size)
-        if self.closed or self._ack_owed or receiver.finished:
-            return
         # The peer asks only every 2 s (spec: udx 3.3), and a tell for each byte would be silly.
         capacity = receiver.offer.capacity
-        small = self._advertised < capacity // 2
-        if small and receiver.window - self._advertised >= capacity // 4:
+        if self._advertised >= capacity // 2 or self.closed or self._ack_owed or receiver.finished:
+            return
+        if receiver.window - self._advertised >= capacity // 4:
             self._owe_ack()
-
-    # For the mux.
-
-    def receive(self, packet: Packet, now: float) -> None:
-        """Process a packet that was let in, in the order of spec: udx 4.1."""
-        self.has_received = True
-        kind = packet.type
-        if not kind & ~wire.SACK and self.connected and not self._sender.end_sent:
-            self._receive_ack(packet)
-            return
-        if kind & wire.HEARTBEAT:
-            self._owe_ack()
-            return
-        receiver, flight = self._receiver, self._sender.flight
-        seq = expand(packet.seq, receiver.next)
-        if kind & wire.DESTROY and seq >= receiver.next:
-            reset = StreamReset("the peer destroyed the stream; connect again")
-            self._close(reset, None, lingering=False)
-            return
-        plain = kind == wire.DATA and seq == receiver.next and not receiver.gaps
-        if kind & (wire.DATA | wire.END):
-            self._receive_data(seq, packet)
-        if kind & wire.MESSAGE and len(packet.payload) <= MAX_MESSAGE_BYTES:
-            self.messages.append(packet.payload)
-            self._owner.changed(self)
-        ack = expand(packet.ack, flight.una)
-        if ack > flight.next:
-            # Nor is the data acknowledged: this peer means another stream (spec: udx 8, 4).
-            self._owner.stats.wrong_acks += 1
-            return
-        if plain and receiver.next > seq:
-            self._owe_ack_for(1, now)
-        elif kind & (wire.DATA | wire.END):
-            self._owe_ack()
-        if ack >= flight.una:
-            self._sender.update_window(seq, ack, packet.window)
-        if self._sender.acknowledge(ack, packet.sacks, now) is not None:
-            self._acknowledged()
-        self._after_receive()
-
-    def receive_run(self, run: PacketRun, first: int, end: int, now: float) -> None:
-        """Process packets ``first`` to ``end`` - 1 of a run: consecutive packets of plain data that
-        arrived on the stream's own socket."""
-        receiver, flight = self._receiver, self._sender.flight
-        seq = expand(run.seqs[first], receiver.next)
-        expected = not receiver.gaps
-        if not receiver.accept_run(seq, run.payloads[first:end]):
-            for index in range(first, end):
-                if self.closed:
-                    return
-                packet = Packet(
-                    wire.DATA,
-                    self.local_id,
-                    run.windows[index],
-                    run.seqs[index],
-                    run.acks[index],
-                    run.payloads[index],
-                )
-                self.receive(packet, now)
-            return
-        self.has_received = True
-        self._owner.changed(self)
-        # Of what the headers tell besides, the last one knows most.
-        last = end - 1
-        ack = expand(run.acks[last], flight.una)
-        if ack > flight.next:
-            self._owner.stats.wrong_acks += end - first
-            return
-        if expected and not receiver.gaps:
-            self._owe_ack_for(end - first, now)
-        else:
-            self._owe_ack()
-        if ack >= flight.una:
-            self._sender.update_window(seq + last - first, ack, run.windows[last])
-        if ack > flight.una and self._sender.acknowledge(ack, (), now) is not None:
-            self._acknowledged()
-        self._after_receive()
-
-    def deadline(self) -> float | None:
-        """When `on_deadline` must be called at the latest."""
-        if not self.connected or self.closed:
-            return None
-        times = (self._sender.deadline(), self._keep_alive_at, self._ack_at)
-        return min((when for when in times if when is not None), default=None)
-
-    def on_deadline(self, now: float) -> None:
-        """Do what has become due."""
-        timeouts = self._sender.on_deadline(now)
-        self._owner.stats.timeouts += timeouts > 0
-        if timeouts > MAX_TIMEOUTS:
-            self._give_up()
-            return
-        if self._keep_alive_at is not None and self._keep_alive_at <= now:
-            self._heartbeat_owed = True
-            self._keep_alive_at = None
-        if self._ack_at is not None and self._ack_at <= now:
-            self._ack_soon = True
-        self._owner.touch(self)
-
-    def transmits(self, now: float) -> list[Transmit]:
-        """What is to be sent now."""
-        if self.closed or not self.connected:
-            return []
-        self._apply_kept_ack(now)
-        self._receiver.follow(self._sender.flight.min_rtt or None, now)
-        if self._send_data(now) and not self._receiver.gaps:
-            # Every packet of data tells what an ACK would tell.
-            self._ack_told()
-        for payload in self._outbox:
-            self._transmits.append(self._control(wire.MESSAGE, payload))
-        self._outbox.clear()
-        if self._heartbeat_owed or self._sender.heartbeat_owed:
-            self._heartbeat_owed = self._sender.heartbeat_owed = False
-            self._transmits.append(self._control(wire.HEARTBEAT))
-        if self._ack_owed or self._ack_soon:
-            self._ack_owed = False
-            self._ack_told()
-            self._owner.stats.acks += 1
-            self._transmits.append(self._control(wire.ACK))
-        if not self._sender.idle or self._keep_alive is None:
-            self._keep_alive_at = None
-        elif self._keep_alive_at is None:
-            self._keep_alive_at = now + self._keep_alive
-        transmits, self._transmits = self._transmits, []
-        return transmits
-
-    # For the sender.
-
-    def header(self, kind: int, seq: int, padding: int) -> bytes:
-        """The header of a packet that takes a number."""
-        return wire.HEADER.pack(
-            wire.MAGIC,
-            wire.VERSION,
-            kind,
-            padding,
-            self._remote(seq).id,
-            self._advertise(),
-            seq & SEQ_MASK,
-            self._receiver.next & SEQ_MASK,
-        )
-
-    def headers(self, first: int, count: int) -> list[bytes]:
-        """The headers of a run of new packets with plain data."""
-        pack, remote, window = wire.HEADER.pack, self._current.id, self._advertise()
-        ack = self._receiver.next & SEQ_MASK
-        return [
-            pack(wire.MAGIC, wire.VERSION, wire.DATA, 0, remote, window, seq & SEQ_MASK, ack)
-            for seq in range(first, first + count)
-        ]
-
-    def carry(self, buffers: list[Buffer], segment: int, seq: int) -> None:
-        """Send what makes up one transmit, beginning with packet ``seq``."""
-        address = self._remote(seq).address
-        self._transmits.append(Transmit(self.socket, address, tuple(buffers), segment))
-
-    # Receiving.
-
-    def _receive_data(self, seq: int, packet: Packet) -> None:
-        receiver, stats = self._receiver, self._owner.stats
-        duplicates, dropped = receiver.duplicates, receiver.dropped
-        payload = packet.payload if packet.type & wire.DATA else b""
-        if receiver.accept(seq, payload, bool(packet.type & wire.END)):
-            self._owner.changed(self)
-        stats.duplicates += receiver.duplicates - duplicates
-        stats.overruns += receiver.dropped - dropped
-
-    def _receive_ack(self, packet: Packet) -> None:
-        """Keep an ACK for the next `transmits`: the reference sends one for each packet, and the
-        last one of a batch tells all that the others did."""
-        flight = self._sender.flight
-        ack = expand(packet.ack, flight.una)
-        if ack > flight.next:
-            self._owner.stats.wrong_acks += 1
-            return
-        if ack < flight.una:
-            return
-        seq = expand(packet.seq, self._receiver.next)
-        self._sender.update_window(seq, ack, packet.window)
-        if self._kept_ack is None or self._kept_ack[0] <= ack:
-            self._kept_ack = ack, packet.sacks
-        self._owner.touch(self)
-
-    def _apply_kept_ack(self, now: float) -> None:
-        if self._kept_ack is None:
-            return
-        ack, sacks = self._kept_ack
-        self._kept_ack = None
-        if self._sender.acknowledge(ack, sacks, now) is not None:
-            self._acknowledged()
-
-    def _acknowledged(self) -> None:
-        """The peer has told something new about what was sent."""
-        sender = self._sender
-        while self._old_remotes and self._old_remotes[0].until <= sender.flight.una:
-            del self._old_remotes[0]
-        if sender.ended:
-            self.ended = True
-            # One more ACK, unless the stream closes (spec: udx 2.4).
-            if not self._receiver.finished:
-                self._owe_ack()
-        self._owner.changed(self)
-
-    def _after_receive(self) -> None:
-        """See which ends have been reached."""
-        if self.connected and not self.remote_ended and self._receiver.finished:
-            self.remote_ended = True
-            self._owner.changed(self)
-        if self.ended and self.remote_ended:
-            self._close(None, wire.ACK if self._ack_owed else None, lingering=True)
-        elif self.connected:
-            self._owner.touch(self)
-
-    # Sending.
-
-    def _send_data(self, now: float) -> bool:
-        """Whether anything was sent."""
-        sender, stats = self._sender, self._owner.stats
-        sent, retransmissions = sender.sent, sender.retransmissions
-        sender.probing = not self._old_remotes
-        sender.end_apart = self.remote_ended
-        sender.transmit(self, now)
-        if sender.sent != sent:
-            stats.sent += sender.sent - sent
-            stats.retransmissions += sender.retransmissions - retransmissions
-            self._owner.changed(self)
-        return sender.sent != sent
-
-    def _remote(self, seq: int) -> _Remote:
-        """Where a packet that takes a number goes."""
-        for remote in self._old_remotes:
-            if seq < remote.until:
-                return remote
-        return self._current
-
-    def _control(self, kind: int, payload: bytes = b"") -> Transmit:
-        """A packet that takes no number."""
-        blocks: tuple[tuple[int, int], ...] = ()
-        if kind == wire.ACK and (blocks := self._receiver.blocks()):
-            kind = wire.SACK
-            blocks = tuple((start & SEQ_MASK, end & SEQ_MASK) for start, end in blocks)
-        datagram = wire.encode(
-            Packet(
-                kind,
-                self.remote_id or 0,
-                self._advertise(),
-                self._sender.flight.next & SEQ_MASK,
-                self._receiver.next & SEQ_MASK,
-                payload,
-                blocks,
-            )
-        )
-        return Transmit(self.socket, self.address, (datagram,))
-
-    def _advertise(self) -> int:
-        self._advertised = self._receiver.window
-        return self._advertised
-
-    def _owe_ack(self) -> None:
-        self._ack_owed = True
-        self._owner.touch(self)
-
-    def _owe_ack_for(self, count: int, now: float) -> None:
-        """``count`` packets arrived just as expected. In a bulk transfer one ACK does for many
-        (spec: udx 4.2); at the start, and at the end of a burst, the peer waits for each."""
-        if not self.connected:
-            self._owe_ack()
-            return
-        self._unacknowledged += count
-        if self._quick_acks > 0 or self._unacknowledged >= ACK_EVERY:
-            self._quick_acks -= count
-            self._ack_soon = True
-        elif self._ack_at is None:
-            self._ack_at = now + ACK_DELAY
-        self._owner.touch(self)
-
-    def _ack_told(self) -> None:
-        self._ack_soon = False
-        self._ack_at = None
-        self._unacknowledged = 0
-
-    def _wake_window(self, now: float) -> None:
-        if self.connected:
-            self._sender.wake_window(now)
-
-    # Life.
 
     def _set_remote(self, socket: int, remote_id: int, address: Address) -> None:
         if not 0 < address[1] < 65536 or not 0 <= remote_id <= SEQ_MASK:
@@ -591,37 +154,8 @@ class Stream:
         self.socket = socket
         self.remote_id = remote_id
         self.address = address
-        self._current = _Remote(0, remote_id, address)
-
-    def _give_up(self) -> None:
-        # The reference forgets a stream as soon as it is done and leaves the last END unanswered
-        # if its own last ACK got lost (spec: udx 8, 10).
-        done = self.remote_ended and self._sender.only_end_missing
-        gone = StreamTimeout("the peer stopped answering; check the network and connect again")
-        self._close(None if done else gone, None, lingering=False)
+        self._current = Remote(0, remote_id, address)
 
     def _check_open(self) -> None:
         if self.closed:
             raise Closed("the stream is closed; open another")
-
-    def _check_writable(self) -> None:
-        self._check_open()
-        if self._sender.end_queued:
-            raise Closed("the stream was ended; nothing can be written after that")
-
-    def _close(self, error: Broken | None, last: int | None, *, lingering: bool) -> None:
-        """Close. ``last`` is the type of one last packet; ``lingering`` goes on answering a peer
-        that missed the last ACK."""
-        farewell = None
-        if last is not None:
-            self._owner.stats.acks += last == wire.ACK
-            self._owner.say(self._control(last))
-        if lingering:
-            farewell = self._control(wire.ACK)
-        self.closed = True
-        self.error = error
-        self._receiver.discard()
-        self._sender.discard()
-        self._outbox.clear()
-        self._owner.changed(self)
-        self._owner.retire(self, farewell)

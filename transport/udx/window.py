@@ -58,14 +58,22 @@ class Window:
         """The application has consumed so many bytes."""
         self.credited += size
         self._consumed += size
-        self.edge = max(self.edge, self.credited + self.capacity)
+        edge = self.credited + self.capacity
+        if edge > self.edge:
+            self.edge = edge
 
     def follow(self, held: int, arrived: int, rtt: float | None, now: float) -> None:
         """Adapt, after the application had its turn: ``held`` bytes in order are not consumed yet,
         the peer has sent ``arrived`` in all, and ``rtt`` is the path's round trip if known."""
-        self._time_edge(arrived, now)
+        if self.edge != self._told or (self._mark is not None and arrived >= self._mark):
+            self._time_edge(arrived, now)
         rtt = 0.0 if rtt is None or self._fill_time is None else min(rtt, self._fill_time)
-        if self._falls_behind(held, rtt, now):
+        behind = False
+        if held <= self.base:
+            self._behind_since = None
+        else:
+            behind = self._falls_behind(rtt, now)
+        if behind:
             self.capacity = self.base
         elif rtt >= _LONG_PATH and self._consumed > self.capacity // 2:
             self.capacity = max(self.capacity, min(2 * self.capacity, MAX_RECEIVE_WINDOW))
@@ -84,12 +92,9 @@ class Window:
         if self._mark is None and self.edge > self._told:
             self._mark, self._mark_at = self.edge, now
 
-    def _falls_behind(self, held: int, rtt: float, now: float) -> bool:
-        """Whether more than the base has been held for a round trip; what a gap had kept back may
-        be more for a moment."""
-        if held <= self.base:
-            self._behind_since = None
-            return False
+    def _falls_behind(self, rtt: float, now: float) -> bool:
+        """Whether more than the base, which is held now, has been held for a round trip; what a
+        gap had kept back may be more for a moment."""
         if self._behind_since is None:
             self._behind_since = now
         return now - self._behind_since >= rtt

@@ -216,3 +216,20 @@ def test_links_are_read_from_text() -> None:
 def test_what_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(InvalidInput):
         parse_link(text)
+
+
+def test_what_may_be_fragmented_passes_a_small_mtu() -> None:
+    faults = Faults(Link(delay=0.25, mtu=576), Random(1))
+    assert not faults.carry(bytes(1400), 0.0)
+    assert faults.carry(bytes(1400), 0.0, may_fragment=True) == [(0.25, bytes(1400))]
+    assert faults.carry(bytes(100), 0.0, may_fragment=True)
+    assert (faults.stats.too_large, faults.stats.fragmented) == (1, 1)
+
+
+def test_fragments_are_lost_together_and_each_has_a_header() -> None:
+    faults = Faults(Link(delay=0.0, mtu=576, loss=0.1), Random(1))
+    arrived = sum(bool(faults.carry(bytes(1400), 0.0, may_fragment=True)) for _ in range(5000))
+    # 1408 bytes behind the IP header, 552 at most in each fragment: three of them.
+    assert arrived / 5000 == pytest.approx(0.9**3, abs=0.02)
+    slow = Faults(Link(delay=0.0, mtu=576, bandwidth=1000.0), Random(1))
+    assert slow.carry(bytes(1400), 0.0, may_fragment=True)[0][0] == pytest.approx(1.468)

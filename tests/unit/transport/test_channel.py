@@ -206,6 +206,8 @@ def test_messages_arrive_as_they_were_written() -> None:
         await asyncio.sleep(1)
         assert theirs.calls == ["made", b"one", b"two", b"three"]
         assert ours.calls == ["made", b"back"]
+        assert (left.bytes_written, left.bytes_read) == (11, 4)
+        assert (right.bytes_written, right.bytes_read) == (4, 11)
         assert left.bytes_moved == right.bytes_moved == 15
 
     run_virtual(scenario())

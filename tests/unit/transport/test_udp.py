@@ -153,6 +153,36 @@ async def test_one_batch_is_answered_as_a_whole() -> None:
         assert right.batches < 10
 
 
+class CountedReads:
+    """Stands for a socket, and counts how often it is asked for a datagram."""
+
+    def __init__(self, real: socket.socket) -> None:
+        self._real = real
+        self.reads = 0
+
+    def recvmsg_into(self, *arguments: Any) -> Any:
+        self.reads += 1
+        return self._real.recvmsg_into(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+async def test_where_datagrams_come_one_by_one_the_kernel_is_not_asked_for_more() -> None:
+    with Pair(True) as (left, right):
+        counted = CountedReads(right.udp._socket)
+        right.udp._socket = counted  # type: ignore[assignment]
+        for number in range(18):
+            left.send(right.address, bytes([number]))
+            await right.until(number + 1)
+        # Once in nine times it is.
+        assert counted.reads == 18 + 2
+        # And when there is more after all, it comes.
+        for number in range(18, 60):
+            left.send(right.address, bytes([number]))
+        assert await right.until(60) == [bytes([number]) for number in range(60)]
+
+
 async def test_a_flood_leaves_other_work_its_turn() -> None:
     with Pair(False) as (left, right):
         loop = asyncio.get_running_loop()

@@ -92,9 +92,18 @@ def test_heavy_loss_bounds_what_is_in_flight_until_probes_go_well() -> None:
     path.rounds(25)
     window = path.bbr.window
     path.rounds(2, lost=1000)
-    assert path.bbr.window == pytest.approx(500, rel=0.05)
+    assert path.bbr.window == pytest.approx(0.85 * 500, rel=0.05)
     path.rounds(60)
-    assert path.bbr.window >= 0.9 * window
+    assert path.bbr.window >= 0.8 * window
+
+
+def test_losses_with_a_queue_make_room_for_others() -> None:
+    path = Path()
+    path.rounds(25)
+    path.rate = 5000.0
+    path.rounds(3, lost=50)
+    assert path.bbr.rate < 8500, "not what it was before somebody joined"
+    assert path.bbr.window < 600
 
 
 def test_the_rate_of_old_rounds_is_forgotten() -> None:

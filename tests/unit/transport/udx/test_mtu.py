@@ -59,6 +59,40 @@ def test_padding_has_to_fit_one_byte() -> None:
     assert search.padding(search.payload - 224) == 0
 
 
+def test_after_a_pause_the_size_that_worked_is_tried_first() -> None:
+    search = MtuSearch()
+    search.begin()
+    while probed(search) is not None:
+        search.acknowledged()
+    search.begin_again()
+    assert search.mtu == 1200
+    assert probed(search) == 1455, "as much as padding can do"
+    search.acknowledged()
+    assert (search.mtu, probed(search)) == (1455, 1487)
+
+
+def test_a_path_that_became_narrower_is_searched_from_the_base() -> None:
+    search = MtuSearch()
+    search.begin()
+    while probed(search) is not None:
+        search.acknowledged()
+    search.begin_again()
+    for _ in range(3):
+        assert probed(search) == 1455
+        search.lost()
+    assert probed(search) == 1232
+    search.acknowledged()
+    assert search.mtu == 1232
+
+
+def test_at_the_base_there_is_nothing_to_begin_again() -> None:
+    search = MtuSearch()
+    search.begin()
+    probed(search)
+    search.begin_again()
+    assert probed(search) is None
+
+
 def test_a_small_link_is_not_searched() -> None:
     for link in (0, 576, 1200):
         search = MtuSearch(link)

@@ -81,6 +81,34 @@ def test_streams_are_told_apart() -> None:
     assert wire.decode(ack).id == 21
 
 
+@pytest.mark.parametrize("wants_room", [True, False])
+def test_who_does_not_want_room_hears_of_what_arrives_alone(wants_room: bool) -> None:
+    mux = Mux(Random(1))
+    stream = connected(mux, 7)
+    stream.wants_room = wants_room
+    stream.write(b"question", 0.0)
+    said(mux)
+    assert mux.poll() == [stream] * wants_room
+    mux.receive(encode(Packet(wire.ACK, 7, 9999, 0, 1)), 0, PEER, 0.1)
+    said(mux, 0.1)
+    assert stream.unacked == 0
+    assert mux.poll() == [stream] * wants_room
+    mux.receive(encode(Packet(wire.DATA, 7, 9999, 0, 1, b"answer")), 0, PEER, 0.1)
+    assert mux.poll() == [stream]
+
+
+def test_what_data_acknowledges_is_applied_when_it_has_been_delivered() -> None:
+    mux = Mux(Random(1))
+    stream = connected(mux, 7)
+    stream.write(b"question", 0.0)
+    said(mux)
+    mux.receive(encode(Packet(wire.DATA, 7, 9999, 0, 1, b"answer")), 0, PEER, 0.1)
+    assert b"".join(stream.read()) == b"answer"
+    assert stream.unacked > 0
+    said(mux, 0.1)
+    assert stream.unacked == 0
+
+
 def test_idle_streams_have_no_deadlines_and_nothing_to_do() -> None:
     mux = Mux(Random(1))
     for number in range(1000):

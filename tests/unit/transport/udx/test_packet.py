@@ -9,7 +9,15 @@ from vectors import load
 
 from hyperseaport.transport.errors import DecodeError
 from hyperseaport.transport.udx import packet as wire
-from hyperseaport.transport.udx.packet import Packet, decode, encode, expand, stream_id
+from hyperseaport.transport.udx.packet import (
+    HEADER_BYTES,
+    Packet,
+    cells,
+    decode,
+    encode,
+    expand,
+    plain_headers,
+)
 
 CAPTURED = [
     pytest.param(each, id=f"{scenario['name']}-{each['n']}")
@@ -32,15 +40,12 @@ def test_captured_packets_decode_and_encode_again(captured: dict[str, Any]) -> N
     assert [list(pair) for pair in packet.sacks] == expected.get("sacks", [])
     assert packet.padding == expected["data_offset"]
     assert len(packet.payload) == expected["payload_len"]
-    assert stream_id(datagram) == expected["id"]
     assert encode(packet) == datagram
 
 
-def test_other_traffic_has_no_stream_id() -> None:
+def test_other_traffic_does_not_decode() -> None:
     udx = encode(Packet(0, 5, 0, 0, 0))
-    assert stream_id(udx) == 5
     for other in (b"", b"\x00", udx[:19], b"\xfe" + udx[1:], b"\xff\x02" + udx[2:]):
-        assert stream_id(other) is None
         with pytest.raises(DecodeError):
             decode(other)
 
@@ -69,6 +74,28 @@ def test_stray_bytes_behind_sack_blocks_are_ignored() -> None:
 def test_no_more_than_fifty_sack_blocks_are_read() -> None:
     blocks = tuple((i, i + 1) for i in range(0, 140, 2))
     assert decode(encode(Packet(wire.SACK, 1, 0, 0, 0, b"", blocks))).sacks == blocks[:50]
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(U32, U32, U32, U32, st.integers(1, 64))
+def test_headers_of_a_run_are_those_of_its_packets(
+    identifier: int, window: int, first: int, ack: int, count: int
+) -> None:
+    packets = [
+        Packet(wire.DATA, identifier, window, (first + each) % 2**32, ack) for each in range(count)
+    ]
+    assert list(plain_headers(identifier, window, first, ack, count)) == list(map(encode, packets))
+
+
+def test_headers_of_a_run_across_the_last_number() -> None:
+    headers = plain_headers(1, 2, 2**32 - 2, 3, 4)
+    assert [decode(each).seq for each in headers] == [2**32 - 2, 2**32 - 1, 0, 1]
+    assert all(len(each) == HEADER_BYTES for each in headers)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_cells(kind: type[bytes]) -> None:
+    assert cells(kind(b"abcdefgh"), 1, 2, 3) == (b"bc", b"de", b"fg")
 
 
 @pytest.mark.parametrize("near", [0, 5, 2**31, 2**32 - 1, 2**32, 2**40 + 77])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hyperseaport.transport.udx.rate import Departure
 from hyperseaport.transport.udx.recovery import Flight, Run
@@ -162,3 +164,86 @@ def test_nothing_is_left_after_everything_is_acknowledged() -> None:
     assert not it._touched
     assert not it._runs
     assert it.in_flight == it.outstanding == 0
+
+
+def test_what_a_full_ack_had_no_room_to_tell_is_not_lost() -> None:
+    it = flight(10, 10, gap=0.01)
+    it.horizon = 8
+    it.acknowledge(1, ((2, 8),), 0.1)
+    assert losses(it, 0.1) == [(1, 2)]
+    it.resent(1, Departure(0.1))
+    it.acknowledge(2, (), 0.2)
+    it.horizon = 8
+    assert losses(it, 0.2, recovering=True) == []
+    assert it.in_flight == 0, "it left the path before what arrived, one way or the other"
+    it.horizon = None
+    assert losses(it, 0.2, recovering=True) == [(8, 10), (10, 20)]
+
+
+def large(size: int) -> Flight:
+    """A packet that was sent twice, and small ones that arrived."""
+    it = Flight()
+    it.sent(Run(0, 1, 0, size, size, Departure(0.0)))
+    it.sent(Run(1, 5, size, 400, 100, Departure(0.01)))
+    it.acknowledge(0, ((1, 4),), 0.1)
+    assert losses(it, 0.1) == [(0, 1)]
+    it.resent(0, Departure(0.1))
+    it.sent(Run(5, 6, size + 400, 100, 100, Departure(0.11)))
+    it.acknowledge(0, ((5, 6),), 0.2)
+    return it
+
+
+def test_a_large_packet_lost_twice_while_small_ones_arrive_makes_a_path_narrow() -> None:
+    it = large(1400)
+    assert (0, 1) in losses(it, 0.3, recovering=True)
+    assert it.narrow
+
+
+def test_a_small_packet_lost_twice_does_not() -> None:
+    it = large(1152)
+    assert (0, 1) in losses(it, 0.3, recovering=True)
+    assert not it.narrow
+
+
+def test_nor_a_large_one_when_others_as_large_arrive() -> None:
+    it = large(1400)
+    it.sent(Run(6, 7, 2000, 1400, 1400, Departure(0.15)))
+    it.acknowledge(0, ((6, 7),), 0.25)
+    assert (0, 1) in losses(it, 0.3, recovering=True)
+    assert not it.narrow
+
+
+def test_what_may_be_fragmented_tells_nothing_of_the_path() -> None:
+    it = large(1400)
+    it.cut_before = 1
+    assert (0, 1) in losses(it, 0.3, recovering=True)
+    assert not it.narrow
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.sampled_from((900, 1160))), min_size=1, max_size=6),
+    st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    st.integers(0, 60),
+)
+def test_an_ack_in_order_is_what_any_other_is(
+    runs: list[tuple[int, int]], steps: list[int], probe: int
+) -> None:
+    short, general = Flight(), Flight()
+    for it in (short, general):
+        it.probe = probe
+        for number, (count, size) in enumerate(runs):
+            first = it.next
+            left = Departure(number * 0.01)
+            it.sent(Run(first, first + count, first * size, count * size, size, left))
+    now = 0.1
+    for step in steps:
+        ack = min(short.una + step, short.next)
+        now += 0.003
+        # A block that makes no sense is skipped, but not before it is looked at.
+        assert short.acknowledge(ack, (), now) == general.acknowledge(ack, ((1, 1),), now)
+        short.detect_losses(now, recovering=False)
+        general.detect_losses(now, recovering=False)
+    for name in Flight.__slots__:
+        mine, other = getattr(short, name), getattr(general, name)
+        assert mine == other or list(mine) == list(other), name

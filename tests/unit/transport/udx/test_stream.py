@@ -10,8 +10,9 @@ import pytest
 from hyperseaport.transport.errors import Closed, InvalidInput, StreamReset, StreamTimeout
 from hyperseaport.transport.transmit import Address
 from hyperseaport.transport.udx import packet as wire
+from hyperseaport.transport.udx.exchange import MAX_MESSAGES
 from hyperseaport.transport.udx.mux import TIME_WAIT
-from hyperseaport.transport.udx.stream import MAX_MESSAGES, Stream
+from hyperseaport.transport.udx.stream import Stream
 
 ACK, DATA, END, SACK = wire.ACK, wire.DATA, wire.END, wire.SACK
 MESSAGE, DESTROY, HEARTBEAT = wire.MESSAGE, wire.DESTROY, wire.HEARTBEAT
@@ -481,7 +482,7 @@ class TestLossRecovery:
         it = hand()
         it.warm_up(0.04)
         it.stream.write(b"last", it.now)
-        said = it.wait(it.now + 0.5)
+        said = it.wait(it.now + 0.2)
         assert [(packet.seq, packet.payload) for _, packet in said] == [(1, b"last")] * 2
         assert said[1][0] - said[0][0] == pytest.approx(0.082)
 
@@ -491,7 +492,7 @@ class TestLossRecovery:
         it.stream.write(bytes(30 * FULL), it.now)
         newest = it.sent()[-1].seq
         room = int(it.stream._sender.congestion.window) - it.stream._sender.flight.in_flight
-        *paced, (_, probe) = it.wait(it.now + 0.5)
+        *paced, (_, probe) = it.wait(it.now + 0.2)
         assert len(paced) == room
         assert probe.seq == newest + room + 1
 
@@ -504,7 +505,7 @@ class TestLossRecovery:
         blocks = ((following + 1, following + 5),)
         (again,) = it.give(SACK, ack=following, sacks=blocks)
         assert again.seq == following
-        ((when, probe),) = it.wait(it.now + 0.5)
+        ((when, probe),) = it.wait(it.now + 0.2)
         assert probe.seq == following, "the retransmission may be lost as well"
         assert when < 0.2, "long before the timeout"
 
