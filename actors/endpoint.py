@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from thespian.actors import ActorAddress
 
@@ -12,7 +14,7 @@ from ..transport.channel import Channel
 from ..transport.dht.endpoint import Endpoint, EndpointConfig, Listener
 from ..transport.errors import HyperseaportError
 from ..transport.keys import KeyPair
-from .actor import Actor, Down, ExitReason, handles
+from .actor import Actor, Address, Down, ExitReason, handles
 from .console import tell
 from .messages import (
     Accepted,
@@ -21,6 +23,8 @@ from .messages import (
     Connect,
     Connected,
     ConnectFailed,
+    Describe,
+    Described,
     EndpointReady,
     Listen,
     ListenFailed,
@@ -51,6 +55,11 @@ class _Reannounce:
 
 
 @dataclass(frozen=True, slots=True)
+class _NetworkChanged:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
 class _CheckHandovers:
     pass
 
@@ -77,13 +86,17 @@ class EndpointActor(Actor):
         self._listeners: dict[bytes, Listener] = {}
         self._owners: dict[ActorAddress, _Owner] = {}
         self._topics: dict[bytes, KeyPair] = {}
-        self._handovers: deque[tuple[float, Channel]] = deque()
+        # What is over is nobody's any more, and not kept for this.
+        self._handovers: deque[tuple[float, weakref.ref[Channel]]] = deque()
         self.run(self._open(args), lambda _none: _Bootstrapped())
 
     async def _open(self, args: EndpointConfig) -> None:
         self._endpoint = await Endpoint.open(args)
         # Here and not in a handler: a message to a dead actor would leave the sockets open.
         self.own(self._endpoint.kill)
+        self._endpoint.core.on_network_change.append(
+            lambda _now: self.send(self.myAddress, _NetworkChanged())
+        )
         await self._endpoint.ready()
 
     @handles(_Bootstrapped)
@@ -112,17 +125,32 @@ class EndpointActor(Actor):
             raise RuntimeError("the endpoint was asked before it was ready")
         return self._endpoint
 
-    # Connections to others
+    # Looking in, also before it is ready
 
     @handles(Measure)
     def _measure(self, _message: Measure, sender: ActorAddress) -> None:
-        self.send(sender, Measured(self._node.metrics()))
+        endpoint = self._endpoint
+        self.send(sender, Measured({} if endpoint is None else endpoint.metrics()))
+
+    @handles(Describe)
+    def _describe(self, _message: Describe, sender: ActorAddress) -> None:
+        fields: dict[str, Any] = {}
+        if self._endpoint is not None:
+            node = self._endpoint.core.node
+            fields = {
+                "address": ":".join(map(str, self._endpoint.address)),
+                "firewalled": node.firewalled,
+                # In its routing table.
+                "nodes": len(node.table),
+            }
+        self.send(sender, Described(fields))
+
+    # Connections to others
 
     @handles(Connect)
     def _connect(self, message: Connect, sender: ActorAddress) -> None:
         def opened(channel: Channel) -> None:
-            self.send(sender, Connected(channel))
-            self._watch_handover(channel)
+            self._hand_over(channel, sender, Connected(channel))
 
         def failed(error: Exception) -> None:
             self.send(sender, ConnectFailed(error))
@@ -149,8 +177,7 @@ class EndpointActor(Actor):
         receiver = message.deliver_to
 
         def deliver(channel: Channel) -> None:
-            self.send(receiver, Accepted(channel))
-            self._watch_handover(channel)
+            self._hand_over(channel, receiver, Accepted(channel))
 
         try:
             listener = await self._node.listen(message.key_pair, deliver, allow=message.allow)
@@ -199,18 +226,34 @@ class EndpointActor(Actor):
         self.run(self._node.announce(message.topic, self._topics[message.topic]))
         self.after(REANNOUNCE, message)
 
+    @handles(_NetworkChanged)
+    def _network_changed(self, _message: _NetworkChanged, _sender: ActorAddress) -> None:
+        """We came back, moved or woke up: what was announced may be forgotten, or name a place
+        where we are not. The node does this by itself for keys that listen."""
+        node = self._node
+        self.log.info("endpoint.network", hosts=node.core.local_hosts, online=node.core.node.online)
+        for topic, key_pair in self._topics.items():
+            self.run(node.announce(topic, key_pair))
+
     # Channels under way
 
-    def _watch_handover(self, channel: Channel) -> None:
+    def _hand_over(
+        self, channel: Channel, receiver: ActorAddress, message: Connected | Accepted
+    ) -> None:
+        if not cast(Address, receiver).alive:
+            # Its peer shall not wait for `HANDOVER` to be over.
+            channel.abort()
+            return
+        self.send(receiver, message)
         if not self._handovers:
             self.after(HANDOVER, _CheckHandovers())
-        self._handovers.append((self.now + HANDOVER, channel))
+        self._handovers.append((self.now + HANDOVER, weakref.ref(channel)))
 
     @handles(_CheckHandovers)
     def _check_handovers(self, _message: _CheckHandovers, _sender: ActorAddress) -> None:
         while self._handovers and self._handovers[0][0] <= self.now:
-            _, channel = self._handovers.popleft()
-            if not channel.has_protocol:
+            channel = self._handovers.popleft()[1]()
+            if channel is not None and not channel.has_protocol:
                 channel.abort()
         if self._handovers:
             self.after(self._handovers[0][0] - self.now, _CheckHandovers())

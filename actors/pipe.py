@@ -119,7 +119,8 @@ class Pipe(Seeker):
             "kind": "service" if self._early is None else "proxy",
             "state": self._state(),
             "age": round(self.now - self._began, 3),
-            "bytes": 0 if channel is None else channel.bytes_moved,
+            "bytes_read": 0 if channel is None else channel.bytes_read,
+            "bytes_written": 0 if channel is None else channel.bytes_written,
         }
         if self._early is None:
             fields["target"] = self._target

@@ -12,7 +12,7 @@ from thespian.actors import ActorAddress
 from ..supervisor import ChildRefused, ChildStarted, StartChild
 from ..transport.errors import LocalError
 from ..transport.keys import KeyPair
-from .actor import Actor, handles
+from .actor import Actor, ExitReason, handles
 from .attempts import CONNECT_TIMEOUT, ProxyPipe
 from .console import tell
 from .messages import (
@@ -116,9 +116,9 @@ class ProxyListener(Actor):
         else:
             loop.remove_reader(self._socket.fileno())
 
-    def _acceptable(self) -> None:
+    def _acceptable(self, most: int = MAX_ACCEPTS) -> None:
         context, args = self.context, self._args
-        for _ in range(MAX_ACCEPTS):
+        for _ in range(most):
             try:
                 client, _address = self._socket.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -139,6 +139,12 @@ class ProxyListener(Actor):
                 args.connect_timeout,
             )
             self.send(context["pipes"], StartChild(pipe))
+
+    def on_stop(self, reason: ExitReason) -> None:
+        """Clients that have connected are not reset with the socket: pipes are elder than we are,
+        and find the resolver that follows ours."""
+        self._acceptable(BACKLOG)
+        self.stop(reason)
 
     def _close(self) -> None:
         if self._socket.fileno() >= 0:

@@ -11,7 +11,7 @@ from thespian.actors import ActorAddress
 
 from ..supervisor import ChildRefused, ChildStarted, StartChild
 from ..transport.keys import KeyPair
-from .actor import Actor, ActorGone, ExitReason, handles
+from .actor import Actor, ActorGone, Address, ExitReason, handles
 from .console import tell
 from .messages import (
     Accepted,
@@ -68,9 +68,14 @@ class ServiceListener(Actor):
 
     @handles(Accepted)
     def _accepted(self, message: Accepted, _sender: ActorAddress) -> None:
+        pipes = self.context["pipes"]
+        if not cast(Address, pipes).alive:
+            # We are restarted soon; until then nobody would take the channel, nor tell its client.
+            message.channel.abort()
+            return
         self._accepted_count += 1
         pipe = ServicePipe(message.channel, self._args.host, self._args.port)
-        self.send(self.context["pipes"], StartChild(pipe))
+        self.send(pipes, StartChild(pipe))
 
     @handles(ChildStarted)
     def _pipe_started(self, _message: ChildStarted, _sender: ActorAddress) -> None:

@@ -64,5 +64,14 @@ class StreamTimeout(Broken, TimeoutError):
     """The peer stopped answering."""
 
 
+class PeerSilent(StreamTimeout):
+    """Nothing was heard from the peer for ``seconds``, on any connection with it."""
+
+    def __init__(self, seconds: float) -> None:
+        text = f"the peer was silent for {seconds:.0f} s; check the network and connect again"
+        super().__init__(text)
+        self.seconds = seconds
+
+
 class RpcError(RemoteError):
     """The peer answered a request with an error; the session goes on."""

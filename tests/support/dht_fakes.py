@@ -49,9 +49,12 @@ class FakeNode:
         self.timers = Timers()
         self.ready = True
         self.ephemeral = True
+        self.silent = False
         self.current_socket = CLIENT_SOCKET
         self.server_port = 49737
         self.public: Address | None = None
+        self.table: list[Any] = []
+        self.bootstrap: tuple[Address, ...] = ()
         self.id = bytes(32)
         self.requests: list[FakeRequest] = []
         self.queries: list[FakeQuery] = []

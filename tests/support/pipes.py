@@ -48,8 +48,16 @@ class PipeChannel(MemoryChannel):
         return self._eof_written and self._eof_delivered
 
     @property
+    def bytes_read(self) -> int:
+        return len(self.peer.written)
+
+    @property
+    def bytes_written(self) -> int:
+        return len(self.written)
+
+    @property
     def bytes_moved(self) -> int:
-        return len(self.written) + len(self.peer.written)
+        return self.bytes_read + self.bytes_written
 
 
 def pipe_channels(

@@ -1,12 +1,14 @@
 """Keeping a server findable: announce, watch the relays, announce again (spec: hyperdht 4.1).
 
 cycle:  FIND_PEER query -> ANNOUNCE at the 3 closest -> unannounce at those no longer used
-watch:  every 3 s all relays are asked; one that does not hold us any more starts a new cycle
+watch:  every 3 s all relays are asked; one that does not hold us any more, or sees us at another
+        address than it forwards to, starts a new cycle
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 from .. import keys
 from ..errors import DecodeError
@@ -28,10 +30,13 @@ WATCH_INTERVAL = 3.0
 ROUNDS = 100
 #: Every so many rounds relays are asked whether they still hold the announcement: one that was
 #: restarted answers pings and forwards nothing (spec: hyperdht 4.1).
-CHECK_EVERY = 3
+CHECK_EVERY = 2
 #: Seconds until the next cycle after one without any relay: the first, and the limit of doubling.
+#: A cycle without a network takes 6 s, in which it asks once a second.
 FIRST_RETRY = 1.0
-LAST_RETRY = 15.0
+LAST_RETRY = 3.0
+#: Seconds between two cycles because a relay sees us elsewhere: there are NATs that never settle.
+MOVE_PAUSE = 15.0
 
 
 class Announcer:
@@ -44,6 +49,7 @@ class Announcer:
         "_closest",
         "_found",
         "_key_pair",
+        "_moved_at",
         "_node",
         "_on_announced",
         "_query",
@@ -75,6 +81,7 @@ class Announcer:
         self._rounds = 0
         self._answers = 0
         self._retry = FIRST_RETRY
+        self._moved_at = -inf
         self._closed = False
 
     def refresh(self, now: float) -> None:
@@ -126,7 +133,8 @@ class Announcer:
 
     def _on_closest(self, query: Query, now: float) -> None:
         self._query = None
-        self._closest = [reply.source for reply in query.closest]
+        # After one that found nobody, the next begins with those who were there before.
+        self._closest = [reply.source for reply in query.closest] or self._closest
         chosen = [reply for reply in query.closest if reply.token is not None][:RELAYS]
         self._answers = len(chosen)
         for reply in chosen:
@@ -138,6 +146,8 @@ class Announcer:
         relay = Relay(found.source, found.to)
 
         def on_done(reply: Reply | None, now: float) -> None:
+            if pending not in self._requests:
+                return  # its cycle was given up while the answer was looked at
             self._requests.discard(pending)
             self._answers -= 1
             if reply is not None and reply.error == 0:
@@ -178,11 +188,21 @@ class Announcer:
             self._retry = FIRST_RETRY
             self._timer = self._node.timers.at(now + WATCH_INTERVAL, self._watch)
         else:
-            self._timer = self._node.timers.at(now + self._retry, self.refresh)
-            self._retry = min(self._retry * 2, LAST_RETRY)
+            self._try_later(now)
         # A persistent node answers for its own servers, so these are found without any relay.
         if self.relays or not self._node.ephemeral:
             self._on_announced(now)
+
+    def _try_later(self, now: float) -> None:
+        self._timer = self._node.timers.at(now + self._retry, self._try_again)
+        self._retry = min(self._retry * 2, LAST_RETRY)
+
+    def _try_again(self, now: float) -> None:
+        if self._node.silent:
+            # Nobody would answer. The node looks for the network, and tells when it is back.
+            self._try_later(now)
+        else:
+            self.refresh(now)
 
     # Watch
 
@@ -196,12 +216,14 @@ class Announcer:
         asked = len(self.relays)
         check = self._rounds % CHECK_EVERY == 0
         for relay in self.relays:
-            self._ask(relay.relay_address, check, asked, now)
+            self._ask(relay, check, asked, now)
 
-    def _ask(self, relay: Address, check: bool, left: int, now: float) -> None:
+    def _ask(self, relay: Relay, check: bool, left: int, now: float) -> None:
         def on_done(reply: Reply | None, now: float) -> None:
+            if pending not in self._requests:
+                return
             self._requests.discard(pending)
-            if reply is not None and (not check or self._holds(reply)):
+            if reply is not None and self._serves(relay, reply, check, now):
                 self._answers += 1
             if self._requests:
                 return
@@ -211,7 +233,7 @@ class Announcer:
                 self._timer = self._node.timers.at(now + WATCH_INTERVAL, self._watch)
 
         pending = self._node.request(
-            relay,
+            relay.relay_address,
             messages.FIND_PEER if check else PING,
             now,
             internal=not check,
@@ -219,6 +241,13 @@ class Announcer:
             on_done=on_done,
         )
         self._requests.add(pending)
+
+    def _serves(self, relay: Relay, reply: Reply, check: bool, now: float) -> bool:
+        """Whether a relay still forwards to us, as far as its answer tells."""
+        if reply.to != relay.peer_address and now - self._moved_at >= MOVE_PAUSE:
+            self._moved_at = now
+            return False
+        return not check or self._holds(reply)
 
     def _holds(self, reply: Reply) -> bool:
         if reply.error or not reply.value:

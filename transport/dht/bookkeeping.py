@@ -165,7 +165,7 @@ class Bookkeeping:
         slept = self.tick_at is not None and now - self.tick_at > SLEEP_GAP
         self.tick_at = now
         if slept:
-            self._wake_up(now)
+            self._node.woke_up(now)
         else:
             self.tick += 1
         if self.tick % ROUND == 0:
@@ -176,12 +176,19 @@ class Bookkeeping:
             self._node.refresh(now)
         self._hints_left = HINTS_PER_TICK
 
-    def _wake_up(self, now: float) -> None:
+    def slept(self, now: float) -> None:
+        """Nobody was heard for long, and that says nothing about them."""
+        self.tick_at = now
         self.tick += SLEEP
         # The next round of checks is two ticks away, when the network is likely to be back.
         self.tick += -(self.tick + 2) % ROUND
         self._refresh_in = 1
-        self._node.woke_up(now)
+
+    def sample_again(self) -> None:
+        """Let everybody say anew where they see us."""
+        self._idless.clear()
+        for contact in self.table:
+            contact.sampled = 0
 
     def _check_oldest(self, now: float) -> None:
         oldest = next(iter(self.table), None)

@@ -3,8 +3,10 @@
     route -> handshake: through known relays first, then through those that a query finds
           -> decide:    server answered itself       connect to it from the same socket
                         server says it is OPEN       connect to its public address
-                        else                         PING its addresses, connect where one answers;
-                                                     wait for its packets if we are OPEN
+                        we are OPEN                  wait for its packets
+                        it can be punched            punch, and PING its local addresses if it is
+                                                     behind our own NAT
+                        else                         PING its addresses, connect where one answers
 
 The stream exists before the answer does, as its bytes often come first; UDX keeps them.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from .. import keys
 from ..errors import ConnectError, DecodeError, HandshakeError, PeerNotFound, PeerUnreachable
@@ -21,6 +24,7 @@ from ..noise import Handshake, Initiator
 from ..transmit import Address
 from ..udx.stream import Stream
 from .addresses import is_bogon, is_reserved, match
+from .client_punch import ClientPunch
 from .context import Connection, Context, Route, admit
 from .messages import (
     FIND_PEER,
@@ -35,6 +39,7 @@ from .messages import (
 )
 from .query import Query
 from .rpc import Pending
+from .table import K
 from .timers import Timer
 from .wire import Reply
 
@@ -42,6 +47,10 @@ from .wire import Reply
 #: nodes that the query has found alive.
 KNOWN_HANDSHAKES = 1
 FOUND_HANDSHAKES = 2
+#: Seconds after which a handshake is repeated, and how often: the four seconds of the reference,
+#: in smaller steps as somebody waits for a stream (spec: hyperdht 5.7).
+HANDSHAKE_TIMEOUT = 0.5
+HANDSHAKE_RETRIES = 7
 #: Seconds without an answer after which each kind may have one more in flight. A server or relay
 #: that is gone then costs a fraction of a second, not the four of a request.
 STAGGER = 0.3
@@ -49,6 +58,15 @@ STAGGER = 0.3
 MAX_HANDSHAKES = 6
 #: Nodes that are asked to pass the handshake on, in one attempt.
 MAX_RELAYS = 24
+#: Seconds that the nodes which announce a server get for passing on its answer; more than one of
+#: them dead, or the server, is known then.
+PATIENCE = 4.0
+#: Nodes of a small table that are asked to pass the handshake on before they have said that they
+#: know the server: those it announces itself to.
+GUESSES = 3
+#: Seconds after a server's answer in which the path of another connect to it is of use: it waits
+#: 10 s for our first packet (spec: hyperdht 4.2).
+SHARED_WAIT = 8.0
 #: Seconds that an OPEN client waits for the server's first packet.
 PASSIVE_WAIT = 10.0
 #: Addresses of a server that are tried at once.
@@ -67,7 +85,7 @@ class _Lane:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.queue: deque[Address] = deque()
-        self.asked: set[Pending] = set()
+        self.asked: dict[Address, Pending] = {}
 
     @property
     def empty(self) -> bool:
@@ -75,7 +93,7 @@ class _Lane:
 
     def clear(self) -> None:
         self.queue.clear()
-        for pending in self.asked:
+        for pending in self.asked.values():
             pending.cancel()
         self.asked.clear()
 
@@ -86,9 +104,13 @@ class Attempt:
 
     __slots__ = (
         "_announced",
+        "_answered_at",
+        "_asked_at",
         "_context",
+        "_deadline",
         "_early",
         "_found",
+        "_guessed",
         "_initiator",
         "_known",
         "_lanes",
@@ -99,13 +121,14 @@ class Attempt:
         "_peer",
         "_probes",
         "_public_key",
+        "_punch",
         "_query",
+        "_reason",
         "_routed",
         "_searched",
-        "_stagger",
         "_stream",
         "_target",
-        "_timeout",
+        "_timer",
         "_tried",
         "done",
     )
@@ -137,21 +160,30 @@ class Attempt:
         self._message = b""
         self._known = _Lane(KNOWN_HANDSHAKES)
         self._found = _Lane(FOUND_HANDSHAKES)
-        self._lanes = (self._known, self._found)
+        self._guessed = _Lane(GUESSES)
+        self._lanes = (self._known, self._found, self._guessed)
         # Every node that was in a lane.
         self._tried: set[Address] = set()
         # The socket of the address that is tried first, when an earlier connection left one.
         self._routed: Route | None = None
-        self._stagger: Timer | None = None
-        self._timeout: Timer | None = None
+        # When the first node that announces the server was asked.
+        self._asked_at: float | None = None
+        # When it fails whatever it waits for, and what happens next by time alone: less patience
+        # first, that failure at last.
+        self._deadline = 0.0
+        self._timer: Timer | None = None
         self._query: Query | None = None
         self._searched = False
         # Whether any node knows the key.
         self._announced = False
+        self._answered_at = 0.0
         # The server, once it has answered: its handshake, stream and flag.
         self._peer: tuple[Handshake, UdxInfo] | None = None
         self._probes: set[Pending] = set()
         self._passive: Timer | None = None
+        self._punch: ClientPunch | None = None
+        # Why there is no way to a server that has answered.
+        self._reason = "answers, but no packet gets through: both sides are behind firewalls"
         #: Opened, failed or cancelled.
         self.done = False
 
@@ -159,32 +191,27 @@ class Attempt:
         """Begin. Raises `InvalidInput` for a key that no peer can have, after which the attempt is
         over and no callback comes."""
         context = self._context
-        payload = NoisePayload(
-            firewall=context.firewall,
-            addresses4=context.addresses(),
-            # The connection's socket is one of the two main ones: they stay open.
-            udx=UdxInfo(self._stream.local_id, reusable_socket=True),
-            secret_stream=True,
-        )
         try:
-            noise = self._initiator.message(payload.encode())
+            noise = self._initiator.message(context.offer(self._stream.local_id))
         except BaseException:
             self.cancel(now)
             raise
         self._message = HandshakeMessage(Mode.FROM_CLIENT, noise).encode()
         context.attempts.add(self)
-        timers = context.node.timers
-        self._timeout = timers.at(now + CONNECT_TIMEOUT, self._on_timeout)
-        self._stagger = timers.at(now + STAGGER, self._widen)
+        self._deadline = now + CONNECT_TIMEOUT
+        self._timer = context.node.timers.at(now + STAGGER, self._widen)
         for node in self._candidates(relay_addresses, now):
             self._add(self._known, node)
+        if not self._tried:
+            self._search(now)
+            self._guess()
         # What is known usually answers; the network is not asked before it seems not to.
         self._next(now)
 
     def cancel(self, now: float) -> None:
         """Give up, silently. Harmless when it is over."""
         if not self.done:
-            self._finish()
+            self._finish(now)
             self._stream.destroy(now)
 
     # Finding the server
@@ -192,6 +219,12 @@ class Attempt:
     def _candidates(self, relay_addresses: tuple[Address, ...], now: float) -> tuple[Address, ...]:
         context = self._context
         self._routed = context.routes.get(self._public_key)
+        if self._routed is not None and not context.punches.sockets.usable(self._routed.socket):
+            context.remember_route(self._public_key, None)
+            self._routed = None
+        if self._routed is not None and self._routed.punched:
+            # The NATs may have forgotten it: a relay is asked at the same time.
+            self._known.limit = KNOWN_HANDSHAKES + 1
         direct = (self._routed.address,) if self._routed is not None else ()
         forward = None
         if not context.node.ephemeral:
@@ -201,6 +234,13 @@ class Attempt:
             # We are a relay of this server: its own address is better than any other relay's.
             known = (forward.address,)
         return direct + known
+
+    def _guess(self) -> None:
+        """In a network of few nodes all know each other, so it is known who knows the server."""
+        table = self._context.node.table
+        if 0 < len(table) < K:
+            for contact in table.nearest(self._target, GUESSES):
+                self._add(self._guessed, contact.address)
 
     def _search(self, now: float) -> None:
         if self._query is None:
@@ -215,6 +255,7 @@ class Attempt:
             )
 
     def _on_record(self, reply: Reply, now: float) -> None:
+        self._context.punches.survey.note(reply, now)
         if not reply.value:
             return
         try:
@@ -233,13 +274,32 @@ class Attempt:
 
     def _widen(self, now: float) -> None:
         """Nobody has answered yet: be less patient."""
+        timers = self._context.node.timers
+        if self._peer is not None:
+            self._timer = timers.at(self._deadline, self._on_timeout)
+            return
         for lane in self._lanes:
             lane.limit = min(lane.limit + 1, MAX_HANDSHAKES)
-        self._stagger = None
         if self._known.limit < MAX_HANDSHAKES:
-            self._stagger = self._context.node.timers.at(now + STAGGER, self._widen)
+            self._timer = timers.at(now + STAGGER, self._widen)
+        else:
+            self._on_impatience(now)
+            if self.done:
+                return
         self._search(now)
         self._next(now)
+
+    def _on_impatience(self, now: float) -> None:
+        timers = self._context.node.timers
+        if self._peer is None and self._asked_at is not None:
+            silent = self._asked_at + PATIENCE
+            if silent > now:
+                self._timer = timers.at(min(silent, self._deadline), self._on_impatience)
+                return
+            if self._searched and not any(lane.queue for lane in self._lanes):
+                self._fail_search(now)
+                return
+        self._timer = timers.at(self._deadline, self._on_timeout)
 
     # Handshakes
 
@@ -263,26 +323,36 @@ class Attempt:
 
     def _ask(self, lane: _Lane, node: Address, now: float) -> None:
         routed = self._routed if self._routed and self._routed.address == node else None
-
-        def on_done(reply: Reply | None, now: float) -> None:
-            lane.asked.discard(pending)
-            if reply is None and routed is not None:
-                self._context.remember_route(self._public_key, None)
-            if reply is None or not self._on_answer(reply, now):
-                self._next(now)
-
-        pending = self._context.node.request(
+        if lane is not self._known and self._asked_at is None:
+            self._asked_at = now
+        if routed is None and self._context.node.remote_address() is None:
+            # We may have to punch: by then it is known what our NAT does.
+            self._context.punches.survey.prepare(now)
+        lane.asked[node] = self._context.node.request(
             node,
             PEER_HANDSHAKE,
             now,
             target=self._target,
             value=self._message,
             socket=None if routed is None else routed.socket,
+            timeout=HANDSHAKE_TIMEOUT,
+            retries=HANDSHAKE_RETRIES,
             # The window spares DHT nodes; a server asked straight is being connected to.
             force=routed is not None,
-            on_done=on_done,
+            # Nothing that leads back to the request: what has no cycles costs no collection.
+            on_done=partial(self._on_asked, lane, node, routed is not None),
         )
-        lane.asked.add(pending)
+
+    def _on_asked(
+        self, lane: _Lane, node: Address, direct: bool, reply: Reply | None, now: float
+    ) -> None:
+        lane.asked.pop(node, None)
+        if reply is not None:
+            self._context.punches.survey.note(reply, now)
+        if reply is None and direct:
+            self._context.remember_route(self._public_key, None)
+        if reply is None or not self._on_answer(reply, now):
+            self._next(now)
 
     def _on_answer(self, reply: Reply, now: float) -> bool:
         """Whether this is the server's answer."""
@@ -304,8 +374,6 @@ class Attempt:
             lane.clear()
         if self._query is not None:
             self._query.cancel()
-        if self._stagger is not None:
-            self._stagger.cancel()
 
     # Decision
 
@@ -332,6 +400,7 @@ class Attempt:
             self._fail(ConnectError(text), now)
             return
         self._peer = handshake, payload.udx
+        self._answered_at = now
         if self._routed is not None and reply.source != self._routed.address:
             # It leads nowhere any more, or others would not have been faster.
             self._context.remember_route(self._public_key, None)
@@ -345,29 +414,50 @@ class Attempt:
             address = _public(payload.addresses4) or server
             self._open(self._context.node.current_socket, address, now)
         else:
-            self._approach(payload, server, reply.to, now)
+            self._approach(payload, handshake, server, reply, now)
 
     def _approach(
-        self, payload: NoisePayload, server: Address, client: Address, now: float
+        self,
+        payload: NoisePayload,
+        handshake: Handshake,
+        server: Address,
+        reply: Reply,
+        now: float,
     ) -> None:
-        """The server may be behind a NAT. ``server`` and ``client`` are both as the relay sees
-        them."""
-        node = self._context.node
+        """The server may be behind a NAT. ``server`` is what the relay sees of it."""
+        node, client = self._context.node, reply.to
+        punchable = payload.holepunch is not None and bool(payload.holepunch.relays)
         if node.remote_address() is not None:
             # We told that we are OPEN, so the server connects to us.
             self._passive = node.timers.at(now + PASSIVE_WAIT, self._on_passive)
-            if payload.holepunch is not None and payload.holepunch.relays:
+            if punchable:
                 return
-        addresses = [_public(payload.addresses4), server]
+        # A PING that arrives at a closed NAT may spoil the mapping that punching is about to make.
+        addresses = [] if punchable else [_public(payload.addresses4), server]
         if client[0] == server[0]:
             # Same host or same NAT: the way inside is short.
-            nearby = [a for a in payload.addresses4 if not is_reserved(a[0])]
+            own = self._context.addresses()
+            nearby = [a for a in payload.addresses4 if not is_reserved(a[0]) and a not in own]
             addresses.append(match(self._context.local_hosts, nearby))
             addresses += nearby[:1]
         # The reference connects to the address without asking (spec: hyperdht 5.3). A PING first
         # costs a round trip and tells a way from a hope.
         for address in list(dict.fromkeys(a for a in addresses if a and a[1]))[:MAX_PROBES]:
             self._probe(address, now)
+        if punchable and payload.holepunch is not None:
+            self._punch = ClientPunch(
+                self._context,
+                self._target,
+                handshake.holepunch_secret,
+                payload.holepunch,
+                relay=reply.source,
+                server=server,
+                on_path=self._on_path,
+                on_fail=self._on_no_path,
+                on_busy=self._on_busy,
+            )
+            self._punch.start(self._public_key, now)
+            return
         if not self._probes and self._passive is None:
             self._fail_approach(now)
 
@@ -378,11 +468,48 @@ class Attempt:
                 # From the socket that the PING went through: a NAT or filter of ours lets the
                 # stream through there too.
                 self._open(reply.socket, address, now)
-            elif not self._probes and self._passive is None:
+            elif not self._probes and self._passive is None and self._punch is None:
                 self._fail_approach(now)
 
         pending = self._context.node.ping(address, now, on_done=on_done)
         self._probes.add(pending)
+
+    def _on_path(self, socket: int, address: Address, now: float) -> None:
+        self._open(socket, address, now, punched=True)
+        # What leads to the server leads there for all who have its answer.
+        for other in [a for a in self._context.attempts if a._public_key == self._public_key]:
+            punch = other._punch
+            fresh = now - other._answered_at < SHARED_WAIT
+            if punch is not None and fresh and punch.server[0] == address[0]:
+                other._open(socket, address, now, punched=True)
+
+    def _on_busy(self, reason: str, now: float) -> bool:
+        """Another search through a random NAT goes on: wait for it if it is for the same server."""
+        self._reason = reason
+        searching = any(
+            other is not self and other._public_key == self._public_key and other._searching
+            for other in self._context.attempts
+        )
+        if searching:
+            timers, until = self._context.node.timers, self._answered_at + SHARED_WAIT
+            self._passive = timers.at(until, self._on_shared_wait)
+        return searching
+
+    @property
+    def _searching(self) -> bool:
+        return self._punch is not None and self._punch.searching
+
+    def _on_shared_wait(self, now: float) -> None:
+        self._passive = None
+        self._on_no_path(self._reason, now)
+
+    def _on_no_path(self, reason: str, now: float) -> None:
+        if self._punch is not None:
+            self._punch.cancel(now)
+            self._punch = None
+        self._reason = reason
+        if not self._probes:
+            self._fail_approach(now)
 
     def _on_packet(self, _stream: Stream, socket: int, source: Address, now: float) -> bool:
         """The server's first packet, from wherever. It is kept even before the answer is here."""
@@ -394,17 +521,23 @@ class Attempt:
 
     # The end
 
-    def _open(self, socket: int, address: Address, now: float) -> None:
+    def _open(self, socket: int, address: Address, now: float, *, punched: bool = False) -> None:
+        sockets = self._context.punches.sockets
         if self.done or self._peer is None:
+            sockets.close(socket)
             return
         handshake, udx = self._peer
-        self._finish()
+        self._finish(now)
         if self._stream.closed:
+            sockets.close(socket)
             error = PeerUnreachable(f"{self._name} closed the connection at once: try again")
             self._on_error(error, now)
             return
         if udx.reusable_socket:
-            self._context.remember_route(self._public_key, Route(socket, address))
+            known = self._routed
+            punched = punched or (known is not None and known.punched and known.address == address)
+            self._context.remember_route(self._public_key, Route(socket, address, punched))
+        sockets.hold(socket, self._stream, now)
         self._stream.firewall = admit
         self._stream.connect(socket, udx.id, address, now)
         self._on_open(Connection(self._stream, handshake, address), now)
@@ -428,22 +561,24 @@ class Attempt:
             self._fail(PeerNotFound(text), now)
 
     def _fail_approach(self, now: float) -> None:
-        text = f"{self._name} answers, but no packet gets through: both sides are behind firewalls"
-        self._fail(PeerUnreachable(text), now)
+        self._fail(PeerUnreachable(f"{self._name} {self._reason}"), now)
 
     def _fail(self, error: Exception, now: float) -> None:
-        self._finish()
+        self._finish(now)
         self._stream.destroy(now)
         self._on_error(error, now)
 
-    def _finish(self) -> None:
+    def _finish(self, now: float) -> None:
         self.done = True
         self._context.attempts.discard(self)
         self._end_handshakes()
         for pending in self._probes:
             pending.cancel()
         self._probes.clear()
-        for timer in (self._timeout, self._passive):
+        if self._punch is not None:
+            self._punch.cancel(now)
+            self._punch = None
+        for timer in (self._timer, self._passive):
             if timer is not None:
                 timer.cancel()
 

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
 
+from ..encoding import encode_uint
 from ..noise import Handshake
 from ..transmit import Address
 from ..udx.mux import Mux
 from ..udx.stream import Stream
 from .limiter import Limiter
-from .messages import Firewall
+from .messages import Firewall, HolepunchInfo, NoisePayload, UdxInfo
 from .node import Node
+from .punches import Punches
 from .router import Router
 from .store import Forwards
 
@@ -30,11 +32,21 @@ GARBAGE_PER_SENDER = 200.0
 #: Seconds' worth of garbage forgiven at once.
 GARBAGE_PATIENCE = 2.0
 
+#: Messages about punching a second that one sender (a client's host, or the relay of many) may have
+#: us open; a connect takes one to three.
+PUNCH_MESSAGES_PER_CLIENT = 300.0
+PUNCH_MESSAGES_PER_SENDER = 3000.0
+#: Seconds' worth of them at once.
+PUNCH_MESSAGES_PATIENCE = 2.0
+
 #: Keys whose relays, and whose last direct address, are remembered (spec: hyperdht 5.2).
 MAX_REMEMBERED = 512
+#: Encoded payloads that are kept: one for clients and one for each server's relays, while the
+#: public address stays the same.
+MAX_OFFERS = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Connection:
     """What a handshake leads to. Nothing has been written; bytes may have arrived already."""
 
@@ -44,12 +56,14 @@ class Connection:
     remote_address: Address
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Route:
     """A socket of ours and the address at which a peer answered on it."""
 
     socket: int
     address: Address
+    #: It leads through NATs, which forget it when it is not used for a while.
+    punched: bool = False
 
 
 @dataclass(slots=True)
@@ -71,11 +85,27 @@ class Context:
     sender_garbage: Limiter = field(
         default_factory=lambda: Limiter(GARBAGE_PER_SENDER, GARBAGE_PER_SENDER * GARBAGE_PATIENCE)
     )
+    client_punches: Limiter = field(
+        default_factory=lambda: Limiter(
+            PUNCH_MESSAGES_PER_CLIENT, PUNCH_MESSAGES_PER_CLIENT * PUNCH_MESSAGES_PATIENCE
+        )
+    )
+    sender_punches: Limiter = field(
+        default_factory=lambda: Limiter(
+            PUNCH_MESSAGES_PER_SENDER, PUNCH_MESSAGES_PER_SENDER * PUNCH_MESSAGES_PATIENCE
+        )
+    )
+    punches: Punches = field(init=False)
     #: By public key, the least recently used first.
     relays: dict[bytes, tuple[Address, ...]] = field(default_factory=dict)
     routes: dict[bytes, Route] = field(default_factory=dict)
     #: Those that are under way.
     attempts: set[Attempt] = field(default_factory=set)
+    #: What `offer` says in front of and behind the number of the stream, by what it depends on.
+    _offers: dict[object, tuple[bytes, bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.punches = Punches(self.node, self.rng)
 
     @property
     def firewall(self) -> Firewall:
@@ -87,6 +117,45 @@ class Context:
         public = self.node.remote_address()
         local = tuple((host, self.node.server_port) for host in self.local_hosts)
         return tuple(dict.fromkeys(((public,) if public else ()) + local))
+
+    def offer(self, stream_id: int, relay_addresses: tuple[Address, ...] | None = None) -> bytes:
+        """The encoded `NoisePayload` of one who has a UDX stream with this number for the peer, and
+        can be reached by itself or through these relays."""
+        node = self.node
+        told = node.remote_address(), node.server_port, relay_addresses
+        offer = self._offers.get(told)
+        if offer is None:
+            payload = self._payload(0, relay_addresses)
+            if len(self._offers) >= MAX_OFFERS:
+                self._offers.clear()
+            offer = self._offers[told] = payload.around_stream_id()
+        return offer[0] + encode_uint(stream_id) + offer[1]
+
+    def punch_offer(
+        self, stream_id: int, relay_addresses: tuple[Address, ...] | None, info: HolepunchInfo
+    ) -> bytes:
+        """As `offer`, of a server to which clients have to punch."""
+        payload = self._payload(stream_id, relay_addresses)
+        payload.holepunch = info
+        return payload.encode()
+
+    def _payload(self, stream_id: int, relay_addresses: tuple[Address, ...] | None) -> NoisePayload:
+        return NoisePayload(
+            # Without holepunch field: clients of a server come straight to it (spec: hyperdht 5.3).
+            firewall=self.firewall,
+            addresses4=self.addresses(),
+            # The reusable flag obliges a server to answer handshakes on the connection's socket for
+            # a while after the connection (spec: hyperdht 4.5). Ours is one of the two main
+            # sockets, which stay open as long as the node lives, or one that lingers for that.
+            udx=UdxInfo(stream_id, reusable_socket=True),
+            secret_stream=True,
+            relay_addresses=relay_addresses,
+        )
+
+    def settle(self, local_hosts: tuple[str, ...]) -> None:
+        """The interfaces have these addresses from now on."""
+        self.local_hosts = local_hosts
+        self._offers.clear()
 
     def remember_relays(self, public_key: bytes, relays: tuple[Address, ...]) -> None:
         self.relays.pop(public_key, None)

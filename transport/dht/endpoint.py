@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
-import struct
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -20,10 +17,14 @@ from random import Random, SystemRandom
 from typing import Any, TypeVar
 
 from ..channel import Channel
-from ..errors import Closed, InvalidInput, LocalError
+from ..errors import Closed, InvalidInput, LocalError, PeerSilent, StreamTimeout
 from ..keys import KeyPair
+from ..liveness import INTERVAL, Liveness
+from ..machine import ANY_HOST as ANY_HOST
+from ..machine import Machine, clock_of
 from ..transmit import CLIENT_SOCKET, SERVER_SOCKET, Address, Buffer, Transmit
 from ..udp import UdpSocket
+from ..udx.mux import Mux
 from ..udx.stream import Stream
 from .hyperdht import Attempt, Connection, HyperDHT, HyperDHTConfig
 from .node import NodeConfig
@@ -32,19 +33,15 @@ from .server import Server
 
 T = TypeVar("T")
 
-#: Every interface: a node must be reached from wherever its peers are. What may be reached through
-#: it is decided by keys.
-ANY_HOST = "0.0.0.0"
 DEFAULT_PORT = 49737
-#: Seconds of write silence after which a channel proves that it lives.
-KEEP_ALIVE = 5.0
-#: Seconds by which keep-alives may be early, so that many leave in one go: however many channels
-#: are idle, they cost ten wake-ups in five seconds.
-KEEP_ALIVE_EARLY = 0.5
 #: Datagrams of at most this many bytes are put together, at most so many to a run: what the kernel
 #: takes in one call.
 SMALL = 512
 MAX_RUN = 64
+#: Seconds by which a timer must be late to tell that the machine slept, or the program was stopped.
+ASLEEP = 5.0
+#: Seconds between two looks at the machine's addresses, at least: there is no timer for them.
+LOOK = 3.0
 #: Seconds that closing may take to tell the network, before it happens anyway.
 CLOSE_TIMEOUT = 5.0
 
@@ -62,6 +59,8 @@ class EndpointConfig:
 
     #: ``host:port`` or ``ip@name:port``; empty for a node that is itself the network's first.
     bootstrap: tuple[str, ...] = PUBLIC_BOOTSTRAP
+    #: By default every interface: a node must be reached from wherever its peers are. What may be
+    #: reached through it is decided by keys.
     host: str = ANY_HOST
     #: UDP port of the server socket; 0 takes a free one.
     port: int = 0
@@ -70,6 +69,9 @@ class EndpointConfig:
     #: Seconds by which answers to newcomers are late (spec: hyperdht 2.13).
     find_node_delay: float = 0.0
     key_pair: KeyPair | None = None
+    #: Seconds between two heartbeats for a peer that is sent nothing else; three times as long
+    #: without a word from it, and its channels end with `PeerSilent`.
+    heartbeat: float = INTERVAL
 
 
 class Endpoint:
@@ -77,17 +79,27 @@ class Endpoint:
 
     core: HyperDHT
     address: Address
+    _mux: Mux
+    _machine: Machine
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
         self._loop = asyncio.get_running_loop()
+        self._clock = clock_of(self._loop)
         self._sockets: dict[int, UdpSocket] = {}
+        # Datagrams that sockets dropped which are closed now.
+        self._dropped = 0
         self._channels: dict[Stream, Channel] = {}
-        # Channels by the time of their last write, oldest first: one timer serves all keep-alives.
-        self._written: dict[Channel, float] = {}
+        # Plain bytes of the channels that have ended.
+        self._bytes_read = self._bytes_written = 0
+        # The heartbeats of all channels, which one timer serves.
+        self._liveness: Liveness[Channel] = Liveness()
         # Those who wait for the network: told when the endpoint closes, as no answer comes then.
         self._waiters: set[asyncio.Future[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = self._armed_at = 0.0
+        # When the machine's addresses are looked at again.
+        self._looks_at = 0.0
         self._pumping = False
         self._closed = False
 
@@ -109,6 +121,8 @@ class Endpoint:
             self._sockets[which] = UdpSocket(
                 config.host, port, partial(self._received, which), self._pump_now
             )
+        self._machine = Machine(config.host, self._clock)
+        self._liveness.interval = config.heartbeat
         #: Host and port of the server socket.
         self.address = self._sockets[SERVER_SOCKET].address
         server_port = self.address[1]
@@ -120,13 +134,14 @@ class Endpoint:
                     find_node_delay=config.find_node_delay,
                 ),
                 key_pair=config.key_pair or KeyPair.generate(),
-                local_hosts=local_hosts(config.host),
-                epoch=time.time() - self._loop.time(),
+                local_hosts=self._machine.hosts,
+                epoch=time.time() - self._clock(),
             ),
             self._rng,
         )
+        self._mux = self.core.mux
         self.core.start(
-            self._loop.time(),
+            self._clock(),
             server_port=server_port,
             client_port=self._sockets[CLIENT_SOCKET].address[1],
         )
@@ -139,17 +154,27 @@ class Endpoint:
 
     def metrics(self) -> dict[str, int]:
         """What was counted since the start, and what is held now, by dotted names: ``udx.*`` and
-        ``dht.*`` count datagrams (`udx.stream.Stats`, `dht.rpc.Stats`), ``*.dropped`` what a limit
-        kept from being done."""
-        core = self.core
+        ``dht.*`` count datagrams (`udx.stream.Stats`, `dht.rpc.Stats`), ``punch.*`` what gets
+        through NATs (`dht.punches.Stats`), ``bytes.*`` plain bytes of all channels, ``*.dropped``
+        what a limit kept from being done."""
+        core, living = self.core, self._channels.values()
         values = {
-            "channels": len(self._channels),
-            "udp.dropped": sum(udp.dropped for udp in self._sockets.values()),
+            "channels": len(living),
+            "bytes.received": self._bytes_read + sum(each.bytes_read for each in living),
+            "bytes.sent": self._bytes_written + sum(each.bytes_written for each in living),
+            "udp.dropped": self._dropped + sum(udp.dropped for udp in self._sockets.values()),
+            "punch.sockets": len(core.punches.sockets),
+            "punch.under_way": len(core.punches),
             "router.dropped": core.router.dropped,
             "store.dropped": core.store.dropped,
             "udx.streams": len(core.mux),
         }
-        for name, stats in (("udx", core.mux.stats), ("dht", core.node.stats)):
+        counted = (
+            ("udx", core.mux.stats),
+            ("dht", core.node.stats),
+            ("punch", core.punches.stats),
+        )
+        for name, stats in counted:
             for field in fields(stats):
                 values[f"{name}.{field.name}"] = getattr(stats, field.name)
         return values
@@ -187,7 +212,7 @@ class Endpoint:
         try:
             return await self._answer(waiter)
         except asyncio.CancelledError:
-            attempt.cancel(self._loop.time())
+            attempt.cancel(self._clock())
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 waiter.result().abort()
             self.wake()
@@ -214,8 +239,9 @@ class Endpoint:
             on_error(error)
 
         attempt = self.core.connect(
-            public_key, self._loop.time(), key_pair=key_pair, on_open=opened, on_error=failed
+            public_key, self._clock(), key_pair=key_pair, on_open=opened, on_error=failed
         )
+        self._send_early(self._clock())
         self.wake()
         return attempt
 
@@ -243,7 +269,7 @@ class Endpoint:
 
         server = self.core.listen(
             key_pair,
-            self._loop.time(),
+            self._clock(),
             firewall=rejects,
             on_connection=connected,
             on_listening=listening,
@@ -253,7 +279,7 @@ class Endpoint:
         try:
             await self._answer(waiter)
         except asyncio.CancelledError:
-            server.close(self._loop.time(), lambda _now: None)
+            server.close(self._clock(), lambda _now: None)
             self.wake()
             raise
         return listener
@@ -267,7 +293,7 @@ class Endpoint:
             if not waiter.done():
                 waiter.set_result(result.nodes)
 
-        query = self.core.records.announce(topic, key_pair, self._loop.time(), stored)
+        query = self.core.records.announce(topic, key_pair, self._clock(), stored)
         self.wake()
         try:
             return await self._answer(waiter)
@@ -288,7 +314,7 @@ class Endpoint:
             if not done.done():
                 done.set_result(None)
 
-        self.core.close(self._loop.time(), closed)
+        self.core.close(self._clock(), closed)
         self.wake()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(done, CLOSE_TIMEOUT)
@@ -324,6 +350,10 @@ class Endpoint:
         finally:
             self._waiters.discard(waiter)
 
+    def now(self) -> float:
+        """The time of the core, in seconds."""
+        return self._clock()
+
     # The pump
 
     def wake(self) -> None:
@@ -338,36 +368,73 @@ class Endpoint:
             self._pump_now()
 
     def _received(self, which: int, data: memoryview, segment: int, source: Address) -> None:
-        self.core.receive_run(data, segment, which, source, self._loop.time())
+        now = self._clock()
+        # The core's `receive_run`, one step shorter.
+        for datagram in self._mux.receive_run(data, segment, which, source, now):
+            self.core.receive_other(datagram, which, source, now)
+            self._send_early(now)
 
     def _pump_now(self) -> None:
-        if not self._sockets:
+        sockets = self._sockets
+        if not sockets:
             return
         # What the channels ask for while they are told leaves right below.
         self._pumping = True
         self._tell_channels()
         self._pumping = False
-        sockets = self._sockets
-        for transmit in _together(self.core.transmits(self._loop.time())):
-            udp = sockets.get(transmit.socket)
+        punch_sockets = self.core.punches.sockets
+        if punch_sockets.changed:
+            for which in punch_sockets.opened():
+                self._open_socket(which)
+        transmits = self.core.transmits(self._clock())
+        if transmits:
+            self._send(transmits)
+            # What was waiting is on its way now: whoever paused for it may go on.
+            self._tell_channels()
+        if punch_sockets.changed:
+            for which in punch_sockets.closed():
+                udp = sockets.pop(which, None)
+                if udp is not None:
+                    self._dropped += udp.dropped
+                    udp.close()
+        self._arm()
+
+    def _send_early(self, now: float) -> None:
+        transmits = self.core.early_transmits(now)
+        if transmits:
+            self._send(transmits)
+
+    def _send(self, transmits: list[Transmit]) -> None:
+        for transmit in transmits if len(transmits) == 1 else _together(transmits):
+            udp = self._sockets.get(transmit.socket)
             if udp is not None:
                 udp.send(transmit)
-        # What was waiting is on its way now: whoever paused for it may go on.
-        self._tell_channels()
-        self._arm()
+
+    def _open_socket(self, which: int) -> None:
+        """One more socket for punching, on a random port."""
+        host = self.address[0]
+        try:
+            self._sockets[which] = UdpSocket(
+                host, 0, partial(self._received, which), self._pump_now
+            )
+        except (LocalError, OSError):
+            # No descriptors are left, as a rule. Punching goes on with the sockets there are.
+            self.core.socket_failed(which)
 
     def _tell_channels(self) -> None:
         channels = self._channels
-        for stream in self.core.mux.poll():
+        for stream in self._mux.poll():
             channel = channels.get(stream)
             if channel is not None:
                 channel.stream_changed()
 
     def _arm(self) -> None:
-        deadline = self.core.deadline()
-        if self._written:
-            oldest = next(iter(self._written.values())) + KEEP_ALIVE
-            deadline = oldest if deadline is None else min(deadline, oldest)
+        deadline, soonest = self.core.node.deadline(), self._mux.deadline()
+        if deadline is None or (soonest is not None and soonest < deadline):
+            deadline = soonest
+        soonest = self._liveness.deadline()
+        if deadline is None or (soonest is not None and soonest < deadline):
+            deadline = soonest
         timer = self._timer
         if deadline is None or not self._sockets:
             if timer is not None:
@@ -376,27 +443,44 @@ class Endpoint:
             return
         if timer is not None:
             # A timer that rings too early costs one look; arming anew for each packet costs more.
-            if timer.when() <= deadline and not timer.cancelled():
+            if self._rings_at <= deadline:
                 return
             timer.cancel()
+        self._rings_at = deadline
+        self._armed_at = self._clock()
         self._timer = self._loop.call_at(deadline, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
-        now = self._loop.time()
+        now = self._clock()
+        self._look_around(now)
         self.core.on_deadline(now)
-        if self._written and next(iter(self._written.values())) + KEEP_ALIVE <= now:
-            self._keep_alive(now)
+        self._look_at_peers(now)
         self._pump_now()
 
-    def _keep_alive(self, now: float) -> None:
-        latest = now + KEEP_ALIVE_EARLY - KEEP_ALIVE
-        while self._written:
-            channel, written = next(iter(self._written.items()))
-            if written > latest:
-                return
+    def _look_around(self, now: float) -> None:
+        """See whether the machine has slept, and whether it is where it was."""
+        # What was overdue when the timer was set is our own delay.
+        late = now - max(self._rings_at, self._armed_at)
+        if late + self._machine.slept(now) > ASLEEP:
+            self._liveness.woke(now)
+            self.core.woke_up(now)
+        if now < self._looks_at:
+            return
+        self._looks_at = now + LOOK
+        elsewhere = self._machine.look()
+        if elsewhere is not None:
+            self.core.moved(self._machine.hosts, now, elsewhere=elsewhere)
+
+    def _look_at_peers(self, now: float) -> None:
+        deadline = self._liveness.deadline()
+        if deadline is None or deadline > now:
+            return
+        beating, dead = self._liveness.look(now)
+        for channel in beating:
             channel.keep_alive()
-            self._wrote(channel)
+        for channel, silence in dead:
+            channel.fail(PeerSilent(silence))
 
     # Channels
 
@@ -410,15 +494,23 @@ class Endpoint:
             closed=self._forget,
         )
         self._channels[connection.stream] = channel
+        stream = connection.stream
+        peer = stream.socket, stream.address, channel.remote_public_key
+        self._liveness.add(channel, peer, self._clock())
         return channel
 
     def _wrote(self, channel: Channel) -> None:
-        self._written.pop(channel, None)
-        self._written[channel] = self._loop.time()
+        self._liveness.wrote(channel, self._clock())
 
     def _forget(self, channel: Channel) -> None:
         self._channels.pop(channel.stream, None)
-        self._written.pop(channel, None)
+        self._bytes_read += channel.bytes_read
+        self._bytes_written += channel.bytes_written
+        if isinstance(channel.stream.error, StreamTimeout):
+            for other in self._liveness.timed_out(channel, self._clock()):
+                other.keep_alive()
+        else:
+            self._liveness.remove(channel)
 
 
 class Listener:
@@ -435,21 +527,20 @@ class Listener:
 
     async def close(self) -> None:
         """Accept nothing more and unannounce. Connections that are open stay open."""
-        loop = asyncio.get_running_loop()
-        done = loop.create_future()
+        done = asyncio.get_running_loop().create_future()
 
         def closed(_now: float) -> None:
             if not done.done():
                 done.set_result(None)
 
-        self._server.close(loop.time(), closed)
+        self._server.close(self._endpoint.now(), closed)
         self._endpoint.wake()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(done, CLOSE_TIMEOUT)
 
     def kill(self) -> None:
         """As `close`, without waiting for the network."""
-        self._server.close(asyncio.get_running_loop().time(), lambda _now: None)
+        self._server.close(self._endpoint.now(), lambda _now: None)
         self._endpoint.wake()
 
 
@@ -508,7 +599,7 @@ def _together(transmits: list[Transmit]) -> Iterator[Transmit]:
 
 def _alike(transmit: Transmit) -> int:
     """The bytes of a single small datagram; 0 for any other transmit."""
-    if transmit.segment or len(transmit.buffers) > 4:
+    if transmit.segment or transmit.may_fragment or transmit.ttl or len(transmit.buffers) > 4:
         return 0
     size = sum(map(len, transmit.buffers))
     return size if size <= SMALL else 0
@@ -516,35 +607,3 @@ def _alike(transmit: Transmit) -> int:
 
 def _closed() -> Closed:
     return Closed("the endpoint is closed: open another one")
-
-
-def local_hosts(host: str) -> tuple[str, ...]:
-    """The IPv4 addresses under which peers on the same host or LAN reach a socket bound to
-    ``host``: itself, or those of all interfaces but the loopback (spec: hyperdht 4.4)."""
-    if host != ANY_HOST:
-        return (host,)
-    return tuple(dict.fromkeys(_interface_hosts())) or ("127.0.0.1",)
-
-
-def _interface_hosts() -> Sequence[str]:
-    if sys.platform != "linux":
-        try:
-            hosts: Sequence[str] = socket.gethostbyname_ex(socket.gethostname())[2]
-        except OSError:
-            return ()
-        return [host for host in hosts if not ipaddress.ip_address(host).is_loopback]
-    import fcntl
-
-    siocgifaddr = 0x8915
-    hosts = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), siocgifaddr, request)
-            except OSError:
-                continue  # an interface without an IPv4 address
-            found = socket.inet_ntoa(answer[20:24])
-            if not ipaddress.ip_address(found).is_loopback:
-                hosts.append(found)
-    return hosts

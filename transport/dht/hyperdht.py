@@ -3,7 +3,8 @@
 `HyperDHT` puts together what belongs to one node, and decides whose a datagram or request is:
 
     datagram -> UDX stream of ours -> Mux          request -> handshake, holepunch -> Router
-             -> anything else      -> Node                 -> records, persistent  -> Store
+             -> one byte at most   -> Punches              -> records, persistent  -> Store
+             -> anything else      -> Node
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .connect import Attempt
 from .context import Connection, Context
 from .messages import PLUGIN, UNKNOWN_COMMAND
 from .node import Node, NodeConfig
+from .punches import PUNCH
 from .records import Records
 from .router import Router
 from .server import Server
@@ -30,6 +32,9 @@ __all__ = ["Attempt", "Connection", "HyperDHT", "HyperDHTConfig", "Server"]
 
 #: Connects under way at once; each has a stream and waits for the network.
 MAX_ATTEMPTS = 4096
+#: Datagrams that leave before the rest of what has arrived is taken: handshakes take long, and the
+#: peers have their own share to do meanwhile.
+EARLY = 8
 #: Servers of one node; each asks three nodes something every three seconds.
 MAX_SERVERS = 4096
 
@@ -60,6 +65,7 @@ class HyperDHT:
         "node",
         "on_network_change",
         "on_ready",
+        "punches",
         "records",
         "router",
         "store",
@@ -79,6 +85,8 @@ class HyperDHT:
         #: Each is called with the time: reachability or identity of this node has changed.
         self.on_network_change: list[Callable[[float], None]] = []
         self._context = Context(self.node, self.mux, rng, self.router, forwards, config.local_hosts)
+        #: What goes on to get through NATs.
+        self.punches = self._context.punches
         self._servers: dict[bytes, Server] = {}
         self._closing = False
         self.node.on_request = self._on_request
@@ -155,12 +163,33 @@ class HyperDHT:
         server.refresh(now)
         return server
 
+    @property
+    def local_hosts(self) -> tuple[str, ...]:
+        """The addresses of this host's interfaces."""
+        return self._context.local_hosts
+
+    def woke_up(self, now: float) -> None:
+        """The machine slept, or the program was stopped: announce again, and see who is still there
+        and where we are."""
+        self.node.woke_up(now)
+
+    def moved(self, local_hosts: tuple[str, ...], now: float, *, elsewhere: bool) -> None:
+        """The interfaces of this host have other addresses: these. ``elsewhere``: we are in another
+        network by that."""
+        self._context.settle(local_hosts)
+        if elsewhere:
+            self.punches.survey.forget(now)
+            self.node.moved(now)
+        else:
+            self._on_network_change(now)
+
     def close(self, now: float, on_closed: Callable[[float], None]) -> None:
         """Give up all connects and unannounce all servers; ``on_closed`` is called when the relays
         have been told, at once if there are none. Streams stay: their owners close them."""
         self._closing = True
         for attempt in list(self._context.attempts):
             attempt.cancel(now)
+        self.punches.close()
         servers = list(self._servers.values())
         left = len(servers)
 
@@ -180,6 +209,13 @@ class HyperDHT:
     def receive(self, datagram: bytes, socket: int, source: Address, now: float) -> None:
         """Take one datagram. Never raises for what the network sent."""
         if not self.mux.receive(datagram, socket, source, now):
+            self.receive_other(datagram, socket, source, now)
+
+    def receive_other(self, datagram: bytes, socket: int, source: Address, now: float) -> None:
+        """Take a datagram that is no UDX stream's."""
+        if len(datagram) <= len(PUNCH):
+            self.punches.receive(socket, source, now)
+        else:
             self.node.receive(datagram, socket, source, now)
 
     def receive_run(
@@ -188,11 +224,37 @@ class HyperDHT:
         """Take a run of datagrams of ``segment`` bytes each, the last of which may be shorter;
         ``data`` is not kept. As many calls of `receive`, for less."""
         for datagram in self.mux.receive_run(data, segment, socket, source, now):
-            self.node.receive(datagram, socket, source, now)
+            self.receive_other(datagram, socket, source, now)
 
     def transmits(self, now: float) -> list[Transmit]:
-        """What is to be sent now; the answer to a handshake before the stream's first bytes."""
-        return self.node.transmits(now) + self.mux.transmits(now)
+        """What is to be sent now; the answer to a handshake before the stream's first bytes, and a
+        punch before the answer that tells of it."""
+        punches = self.punches
+        if not punches.outbox:
+            return self.node.transmits(now) + self.mux.transmits(now)
+        outbox, punches.outbox = punches.outbox, []
+        return outbox + self.node.transmits(now) + self.mux.transmits(now)
+
+    def early_transmits(self, now: float) -> list[Transmit]:
+        """What `transmits` has first, if that is `EARLY` datagrams or more, for a shell that is
+        about to call in again before it sends."""
+        punches = self.punches
+        if self.node.queued < EARLY or punches.outbox or punches.sockets.changed:
+            return []
+        return self.node.transmits(now)
+
+    def sockets_to_open(self) -> list[int]:
+        """Sockets on random ports that the shell opens before it sends `transmits`; if one cannot
+        be had, it calls `socket_failed`."""
+        return self.punches.sockets.opened()
+
+    def sockets_to_close(self) -> list[int]:
+        """Sockets that the shell closes after it has sent `transmits`."""
+        return self.punches.sockets.closed()
+
+    def socket_failed(self, socket: int) -> None:
+        """The shell could not open a socket."""
+        self.punches.sockets.failed(socket)
 
     def deadline(self) -> float | None:
         """When `on_deadline` must be called at the latest, or None for never."""

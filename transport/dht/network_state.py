@@ -25,6 +25,9 @@ STABLE_AGAIN = 720
 TESTERS = 5
 QUORUM = 3
 
+#: Seconds after which NATs and firewalls have forgotten what left through them.
+RETEST = 180.0
+
 #: Snapshots in the window of health, and events that make an interval count.
 HEALTH_WINDOW = 4
 HEALTH_EVENTS = 4
@@ -34,7 +37,9 @@ class NetworkState:
     """Joins the network and decides whether the node is reachable."""
 
     __slots__ = (
+        "_again",
         "_examined",
+        "_joining",
         "_node",
         "_quick_armed",
         "_quick_done",
@@ -42,6 +47,7 @@ class NetworkState:
         "_quick_sent",
         "_quick_timer",
         "_quick_waits",
+        "_retest_timer",
         "_stable_in",
         "_testing",
     )  # fmt: skip
@@ -52,6 +58,11 @@ class NetworkState:
         self._examined: str | None = None
         self._stable_in = STABLE_FIRST
         self._testing = False
+        # The search for ourselves is under way; and it has to be done once more.
+        self._joining = False
+        self._again = False
+        # While it is set, what gets through to the server socket may be answers.
+        self._retest_timer: Timer | None = None
         self._quick_armed = False
         self._quick_sent = False
         self._quick_done = False
@@ -63,8 +74,35 @@ class NetworkState:
         """Look for ourselves, and on the way for whether others reach our server socket."""
         node = self._node
         forced = node.config.ephemeral is False
-        self._quick_armed = node.firewalled and node.config.quick_check and not forced
+        self._joining = True
+        self._quick_sent = self._quick_done = self._quick_passed = False
+        self._quick_armed = (
+            node.firewalled
+            and node.config.quick_check
+            and not forced
+            and self._retest_timer is None
+        )
         self._find_self(self._found_self, now)
+
+    def rejoin(self, now: float) -> None:
+        """Do it all again, after the network has changed."""
+        if self._joining:
+            self._again = True
+        else:
+            self.bootstrap(now)
+
+    def retest(self, now: float) -> None:
+        """The server socket was reachable where we were, and may not be here: test that, but not
+        before the ways have closed that its requests of late have opened here."""
+        if self._retest_timer is not None:
+            self._retest_timer.cancel()
+            self._retest_timer = None
+        if self._node.config.quick_check:
+            self._retest_timer = self._node.timers.at(now + RETEST, self._retest)
+
+    def _retest(self, now: float) -> None:
+        self._retest_timer = None
+        self.update(True, lambda _changed, _now: None, now)
 
     def on_tick(self, now: float) -> None:
         """Count down to the attempt to become persistent."""
@@ -171,13 +209,20 @@ class NetworkState:
         if forced or self._quick_passed:
             self.update(not forced, self._updated, now)
         else:
-            self._node.joined(now)
+            self._joined(now)
 
     def _updated(self, changed: bool, now: float) -> None:
         if changed:
-            self._find_self(lambda query, now: self._node.joined(now), now)
+            self._find_self(lambda _query, now: self._joined(now), now)
         else:
-            self._node.joined(now)
+            self._joined(now)
+
+    def _joined(self, now: float) -> None:
+        self._joining = False
+        self._node.joined(now)
+        if self._again:
+            self._again = False
+            self.bootstrap(now)
 
 
 class FirewallTest:

@@ -17,6 +17,7 @@ from .addresses import node_id
 from .bookkeeping import TICK, Bookkeeping
 from .internal import InternalCommands
 from .network_state import Health, NetworkState
+from .presence import Presence
 from .query import CONCURRENCY, Commit, Query
 from .rpc import QUERY_RETRIES, RETRIES, TIMEOUT, Engine, Pending, Stats
 from .sampler import Sampler
@@ -76,6 +77,7 @@ class Node:
         "_internal",
         "_keeper",
         "_known_host",
+        "_presence",
         "_rng",
         "_state",
         "_tokens",
@@ -119,6 +121,7 @@ class Node:
         self._keeper = Bookkeeping(self, rng.randbytes(32), rng)
         self._state = NetworkState(self)
         self._health = Health()
+        self._presence = Presence(self, rng)
         self._internal = InternalCommands(self, self._keeper)
         self._known_host: str | None = None
 
@@ -150,8 +153,11 @@ class Node:
 
     @property
     def bootstrap(self) -> tuple[Address, ...]:
-        """Where it asks when the table does not suffice."""
-        return self.config.bootstrap
+        """Where it asks when the table does not suffice. When that is empty, also whoever was in it
+        last: an outage of ours looks as if all of them had died."""
+        if len(self.table):
+            return self.config.bootstrap
+        return (*self.config.bootstrap, *self._presence.last_resort)
 
     @property
     def adaptive(self) -> bool:
@@ -167,6 +173,11 @@ class Node:
     def online(self) -> bool:
         """False after two ticks in which nobody answered."""
         return self._health.online
+
+    @property
+    def silent(self) -> bool:
+        """Nobody answers; who keeps trying may wait for `on_network_change`."""
+        return self._presence.silent
 
     @property
     def degraded(self) -> bool:
@@ -226,6 +237,11 @@ class Node:
             self._on_request(request, now)
         elif reply is not None:
             self._on_reply(reply, now)
+
+    @property
+    def queued(self) -> int:
+        """Datagrams that wait for `transmits`."""
+        return len(self._engine.outbox)
 
     def transmits(self, now: float) -> list[Transmit]:
         """What is to be sent now."""
@@ -430,6 +446,7 @@ class Node:
             return
         self._keeper.learn(reply.id, reply.source, reply.to, reply.socket, True, now)
         pending.on_done(reply, now)
+        self._presence.heard(reply, now)
 
     def _on_request(self, request: Request, now: float) -> None:
         self._keeper.learn(request.id, request.source, request.to, request.socket, False, now)
@@ -443,9 +460,10 @@ class Node:
         else:
             self.reply(request, now, error=ERROR_UNKNOWN_COMMAND, token=False)
 
-    def _request_timed_out(self, pending: Pending) -> None:
-        if pending.node_id is not None:
-            self.table.remove(pending.node_id)
+    def _request_timed_out(self, pending: Pending, now: float) -> None:
+        self._presence.unanswered(now)
+        if pending.node_id is not None and self.table.remove(pending.node_id):
+            self._presence.gone(pending.to)
 
     # For its own parts
 
@@ -500,7 +518,11 @@ class Node:
         if host is None or host == self._known_host:
             return
         first, self._known_host = self._known_host is None, host
-        if not first:
+        if first:
+            return
+        if self._presence.moves(now):
+            self.moved(now)
+        else:
             self._notify(now)
 
     def rename(self, id: bytes, now: float) -> None:  # noqa: A002
@@ -511,7 +533,9 @@ class Node:
         self._notify(now)
 
     def joined(self, now: float) -> None:
-        """The bootstrap is over: ticks begin."""
+        """The bootstrap is over: ticks begin, if it was the first."""
+        if self.ready:
+            return
         self.ready = True
         self.timers.at(now + TICK, self._tick)
         if self.on_ready is not None:
@@ -519,11 +543,40 @@ class Node:
 
     def woke_up(self, now: float) -> None:
         """The machine slept, and may be in another network now."""
+        self._keeper.slept(now)
         self._state.on_wake_up()
-        self._health.reset()
         if self.adaptive:
             self.ephemeral = True
+        self.came_back(now)
+
+    def moved(self, now: float) -> None:
+        """Our address has changed, and so has whatever is between us and the others: whether the
+        server socket is reachable has to be found out again."""
+        self._state.on_wake_up()
+        if self.config.public_address is None:
+            if not self.firewalled:
+                self._state.retest(now)
+            self.ephemeral = True
+            self.firewalled = self.config.firewalled
+        self.came_back(now)
+
+    def came_back(self, now: float) -> None:
+        """The network is there, maybe again and maybe another one."""
+        self._health.reset()
+        if self.ready:
+            self._forget_samples()
+            self._state.rejoin(now)
         self._notify(now)
+
+    def sample_again(self, now: float) -> None:
+        """Forget what others said of our address, and ask some."""
+        self._forget_samples()
+        self.refresh(now)
+
+    def _forget_samples(self) -> None:
+        if self.config.public_address is None:
+            self.sampler = Sampler()
+            self._keeper.sample_again()
 
     def _tick(self, now: float) -> None:
         self.timers.at(now + TICK, self._tick)

@@ -25,7 +25,7 @@ FORWARDS_PER_SECOND = 4000.0
 FORWARDS_BURST = 8000.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Incoming:
     """A handshake that reached the node whose server it is for."""
 
@@ -42,11 +42,30 @@ class Incoming:
     socket: int
 
 
+@dataclass(slots=True)
+class IncomingPunch:
+    """A message about punching that reached the node whose server it is for."""
+
+    message: HolepunchMessage
+    #: The client's punching socket, as the relay sees it.
+    client_address: Address
+    #: The relay.
+    sender: Address
+
+
+#: Sends a sealed payload back: (payload, socket, now). The socket's mapping is what the relay, and
+#: then the client, gets to see.
+PunchAnswer = Callable[[bytes, int, float], None]
+
+
 class Acceptor(Protocol):
     """A server, as the router sees it."""
 
     def on_handshake(self, incoming: Incoming, answer: Callable[[bytes], None], now: float) -> None:
         """Take a handshake; call ``answer`` at most once with Noise message 2."""
+
+    def on_holepunch(self, incoming: IncomingPunch, answer: PunchAnswer, now: float) -> None:
+        """Take a message about punching; call ``answer`` at most once, now or later."""
 
 
 class Relay(Protocol):
@@ -197,9 +216,18 @@ class Router:
         if message.mode == Mode.FROM_SERVER:
             reply = HolepunchMessage(Mode.REPLY, message.id, message.payload, request.source)
             return self._answer_client(request, message.peer_address, reply.encode(), now)
-        # FROM_RELAY is for a server that has a session to punch; none here has (spec: hyperdht
-        # 4.3, step 1).
-        return False
+        server = self._servers.get(target)
+        client = message.peer_address
+        if message.mode != Mode.FROM_RELAY or server is None or client is None or client[1] == 0:
+            return False
+
+        def answer(payload: bytes, socket: int, now: float) -> None:
+            # A request, as with handshakes, and with the number 0 (spec: hyperdht 3.8).
+            value = HolepunchMessage(Mode.FROM_SERVER, 0, payload, client).encode()
+            self._node.forward(request, request.source, value, now, socket=socket)
+
+        server.on_holepunch(IncomingPunch(message, client, request.source), answer, now)
+        return True
 
     def _forward(self, request: Request, to: Address, value: bytes, now: float) -> bool:
         if to[1] == 0 or not self._limiter.take(request.source[0], now):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from ..transmit import Address, Transmit
@@ -113,7 +114,9 @@ class Engine:
     __slots__ = ("_by_tid", "_draining", "_tid", "_timers", "_waiting", "_window", "on_timeout",
                  "outbox", "stats")  # fmt: skip
 
-    def __init__(self, timers: Timers, rng: Random, on_timeout: Callable[[Pending], None]) -> None:
+    def __init__(
+        self, timers: Timers, rng: Random, on_timeout: Callable[[Pending, float], None]
+    ) -> None:
         self._timers = timers
         self._tid = rng.getrandbits(16)
         self._by_tid: dict[int, Pending] = {}
@@ -142,7 +145,7 @@ class Engine:
         though not before this returns."""
         if len(self._by_tid) >= MAX_PENDING:
             self.stats.dropped += 1
-            pending.arm(self._timers.at(now, lambda now: self._finish(pending, None, now)))
+            pending.arm(self._timers.at(now, partial(self._finish, pending, None)))
             return
         self._by_tid[pending.tid] = pending
         self.stats.requests += 1
@@ -188,7 +191,7 @@ class Engine:
         pending.attempts += 1
         pending.sent_at = now
         self._window.sent(now)
-        pending.arm(self._timers.at(now + pending.timeout, lambda now: self._expired(pending, now)))
+        pending.arm(self._timers.at(now + pending.timeout, partial(self._expired, pending)))
         self.send(pending.datagram, pending.socket, pending.to)
 
     def _expired(self, pending: Pending, now: float) -> None:
@@ -199,7 +202,7 @@ class Engine:
                 on_slow(now)
             return
         self.stats.timeouts += 1
-        self.on_timeout(pending)
+        self.on_timeout(pending, now)
         self._finish(pending, None, now)
 
     def _finish(self, pending: Pending, reply: Reply | None, now: float) -> None:

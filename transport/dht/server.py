@@ -3,14 +3,20 @@
 What becomes of a handshake (spec: hyperdht 4.2; "client" is its sender as we or the relay see it):
 
     client OPEN, or no relay between   -> connect to it at once
-    otherwise                          -> wait 10 s for its first packet, from wherever
+    we are OPEN, or on its machine     -> wait 10 s for its first packet, from wherever
+    otherwise                          -> the same, and punch when it asks for that
+
+The socket that punches is the one that is announced: a relay's word for where we are holds for
+both, and no handshake costs a socket.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from .. import keys
 from ..errors import DecodeError, HandshakeError
@@ -20,21 +26,40 @@ from ..transmit import Address
 from ..udx.stream import Stream
 from .announcer import Announcer
 from .context import Connection, Context, admit
-from .messages import VERSION, Firewall, NoisePayload, PeerError, PeerRecord, Relay, UdxInfo
-from .router import Incoming
+from .messages import (
+    VERSION,
+    Firewall,
+    HolepunchInfo,
+    NoisePayload,
+    PeerError,
+    PeerRecord,
+    Relay,
+)
+from .punch import CYCLE_EVERY, ROUNDS, TRIES
+from .router import Incoming, IncomingPunch, PunchAnswer
+from .server_punch import ServerPunch
 from .timers import Timer
 
 #: Seconds that a client has to send its first packet.
 HANDSHAKE_WAIT = 10.0
+#: The same from when punching has started, and when that means a search through a random NAT: as
+#: long as either side may go on.
+PUNCH_WAIT = ROUNDS + 2.0
+SEARCH_WAIT = TRIES * CYCLE_EVERY + 5.0
 #: Seconds that a finished handshake is remembered, so that late copies get the same answer.
 HANDSHAKE_MEMORY = 10.0
 #: Handshakes whose client has not sent anything yet: each has a stream.
 MAX_WAITING = 8192
+#: The same of one client's key.
+MAX_WAITING_PER_KEY = 1024
 #: Handshakes remembered in all, the waiting ones included; more than anybody can have computed
 #: within `HANDSHAKE_MEMORY`.
 MAX_SESSIONS = 65_536
 #: Relay addresses that clients are told.
 MAX_RELAY_ADDRESSES = 3
+#: Relays whose word for a client's address counts: those of the last announcements, too, as clients
+#: may have heard of them (spec: hyperdht 4.1).
+MAX_OWN_RELAYS = 9
 
 
 @dataclass(slots=True)
@@ -52,6 +77,9 @@ class Stats:
     limited: int = 0
     #: Answered, but the client never sent anything.
     abandoned: int = 0
+    #: Messages about punching: taken, and those that no client of ours made.
+    punch_messages: int = 0
+    punch_strays: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +90,11 @@ class _Session:
     answer: bytes | None = None
     stream: Stream | None = None
     timer: Timer | None = None
+    #: The client's key, while it is counted among those of whom we wait for something.
+    key: bytes | None = None
+    #: Where messages about punching go, and the number they carry.
+    punch: ServerPunch | None = None
+    number: int = 0
 
 
 class Server:
@@ -74,12 +107,16 @@ class Server:
         "_finished",
         "_firewall",
         "_forgetting",
+        "_free",
         "_key_pair",
+        "_numbered",
         "_on_close",
         "_on_connection",
         "_on_listening",
+        "_own_relays",
         "_sessions",
         "_waiting",
+        "_waiting_by_key",
         "stats",
     )
 
@@ -103,6 +140,13 @@ class Server:
         # By the hash of message 1: copies of one handshake come through several relays.
         self._sessions: dict[bytes, _Session] = {}
         self._waiting = 0
+        self._waiting_by_key: dict[bytes, int] = {}
+        # Those that may be punched for, by their number, and numbers below the highest that are
+        # free.
+        self._numbered: dict[int, _Session] = {}
+        self._free: list[int] = []
+        # The latest last.
+        self._own_relays: dict[Address, None] = {}
         # Those that are over, by the time at which they are forgotten.
         self._finished: deque[tuple[float, bytes]] = deque()
         self._forgetting: Timer | None = None
@@ -145,10 +189,13 @@ class Server:
         if self._forgetting is not None:
             self._forgetting.cancel()
         for session in self._sessions.values():
+            if session.punch is not None:
+                session.punch.close(now)
             if session.timer is not None and session.stream is not None:
                 session.timer.cancel()
                 session.stream.destroy(now)
         self._sessions.clear()
+        self._numbered.clear()
         self._announcer.close(now, on_closed)
 
     def _announced(self, now: float) -> None:
@@ -224,8 +271,18 @@ class Server:
             error = PeerError.VERSION_MISMATCH
         elif payload.udx is None:
             error = PeerError.ABORTED
+        key = responder.remote_public_key
+        if self._waiting_by_key.get(key, 0) >= MAX_WAITING_PER_KEY:
+            self.stats.limited += 1
+            return False
         stream = context.mux.create() if error == PeerError.NONE else None
-        session.answer, handshake = responder.message(self._payload(error, stream).encode())
+        goes_straight = incoming.direct or payload.firewall == Firewall.OPEN
+        punchable = stream is not None and not goes_straight and self._punchable(incoming)
+        if punchable:
+            self._number(session)
+        session.answer, handshake = responder.message(
+            self._payload(error, stream, session if punchable else None)
+        )
         answer(session.answer)
         if stream is None or payload.udx is None:
             return False
@@ -235,21 +292,33 @@ class Server:
         def adopt(socket: int, address: Address, now: float) -> None:
             stream.firewall = admit
             stream.connect(socket, remote_id, address, now)
-            self._finish(name, now)
+            context.punches.sockets.hold(socket, stream, now)
+            self._finish(name, now, keep=socket)
             self.stats.accepted += 1
             self._on_connection(Connection(stream, handshake, address), now)
 
-        if payload.firewall == Firewall.OPEN or incoming.direct:
+        if goes_straight:
             socket = incoming.socket if incoming.direct else context.node.current_socket
             adopt(socket, incoming.client_address, now)
-        else:
-            self._wait(session, name, stream, adopt, now)
+            return True
+        if punchable:
+            # The client is about to ask what our NAT does; until then it is known.
+            context.punches.survey.prepare(now)
+            session.punch = ServerPunch(
+                context,
+                key,
+                handshake.holepunch_secret,
+                self._known_relays,
+                partial(self._punching, session, name),
+            )
+        self._wait(session, name, key, stream, adopt, now)
         return True
 
     def _wait(
         self,
         session: _Session,
         name: bytes,
+        key: bytes,
         stream: Stream,
         adopt: Callable[[int, Address, float], None],
         now: float,
@@ -260,43 +329,105 @@ class Server:
             adopt(socket, source, now)
             return True
 
+        self._waiting += 1
+        self._waiting_by_key[key] = self._waiting_by_key.get(key, 0) + 1
+        session.key = key
+        stream.firewall = first_packet
+        self._give_up_at(now + HANDSHAKE_WAIT, session, name)
+
+    def _give_up_at(self, when: float, session: _Session, name: bytes) -> None:
         def give_up(now: float) -> None:
             self.stats.abandoned += 1
-            stream.destroy(now)
+            if session.stream is not None:
+                session.stream.destroy(now)
             self._finish(name, now)
 
-        self._waiting += 1
-        stream.firewall = first_packet
-        session.timer = self._context.node.timers.at(now + HANDSHAKE_WAIT, give_up)
+        if session.timer is not None:
+            session.timer.cancel()
+        session.timer = self._context.node.timers.at(when, give_up)
 
-    def _payload(self, error: PeerError, stream: Stream | None) -> NoisePayload:
+    def _payload(self, error: PeerError, stream: Stream | None, numbered: _Session | None) -> bytes:
         if stream is None:
-            return NoisePayload(error=error)
-        return NoisePayload(
-            # No holepunch field: clients then come straight to us (spec: hyperdht 5.3).
-            firewall=self._context.firewall,
-            addresses4=self._context.addresses(),
-            # The reusable flag obliges a server to answer handshakes on the connection's socket for
-            # a while after the connection (spec: hyperdht 4.5). Ours is always one of the two main
-            # sockets, which stay open and answer as long as the node lives.
-            udx=UdxInfo(stream.local_id, reusable_socket=True),
-            secret_stream=True,
-            relay_addresses=self._relay_addresses() or None,
-        )
+            return NoisePayload(error=error).encode()
+        relay_addresses = self._relay_addresses() or None
+        if numbered is None:
+            return self._context.offer(stream.local_id, relay_addresses)
+        info = HolepunchInfo(numbered.number, self._announcer.relays)
+        return self._context.punch_offer(stream.local_id, relay_addresses, info)
 
     def _relay_addresses(self) -> tuple[Address, ...]:
         own = self._context.node.remote_address()
         relays = tuple(relay.relay_address for relay in self._announcer.relays)
         return (((own,) if own else ()) + relays)[:MAX_RELAY_ADDRESSES]
 
+    # Punching
+
+    def on_holepunch(self, incoming: IncomingPunch, answer: PunchAnswer, now: float) -> None:
+        """Take a message about punching for one of the sessions."""
+        context, client, sender = self._context, incoming.client_address[0], incoming.sender[0]
+        session = self._numbered.get(incoming.message.id)
+        if session is None or session.punch is None:
+            self.stats.punch_strays += 1
+            return
+        if not context.client_punches.take(client, now) or not context.sender_punches.take(
+            sender, now
+        ):
+            self.stats.limited += 1
+            return
+        taken = session.punch.receive(incoming, answer, now)
+        self.stats.punch_messages += taken
+        self.stats.punch_strays += not taken
+
+    def _punchable(self, incoming: Incoming) -> bool:
+        """Whether the client has to punch to get here."""
+        context, seen = self._context, incoming.server_address[0]
+        if context.node.remote_address() is not None or not self._announcer.relays:
+            return False
+        # A client on our own machine gets here without, if no NAT is in front of it: the relay sees
+        # an address that is really ours.
+        return seen != incoming.client_address[0] or seen not in context.local_hosts
+
+    def _known_relays(self) -> frozenset[Address]:
+        """Our relays, and those of the last announcements."""
+        own = self._own_relays
+        for relay in self._announcer.relays:
+            own.pop(relay.relay_address, None)
+            own[relay.relay_address] = None
+        while len(own) > MAX_OWN_RELAYS:
+            del own[next(iter(own))]
+        return frozenset(own)
+
+    def _punching(self, session: _Session, name: bytes, searching: bool, now: float) -> None:
+        """Punching goes on: the client's first packet may take that long."""
+        self._give_up_at(now + (SEARCH_WAIT if searching else PUNCH_WAIT), session, name)
+
+    def _number(self, session: _Session) -> None:
+        # The lowest that is free (spec: hyperdht 4.2, step 2).
+        session.number = heapq.heappop(self._free) if self._free else len(self._numbered)
+        self._numbered[session.number] = session
+
     # Memory
 
-    def _finish(self, name: bytes, now: float) -> None:
-        """A session is over: remember its answer a little longer."""
+    def _finish(self, name: bytes, now: float, keep: int | None = None) -> None:
+        """A session is over: remember its answer a little longer. ``keep`` is the socket that its
+        connection has."""
         session = self._sessions.get(name)
         if session is None:
             return
         session.stream = None
+        if session.punch is not None:
+            session.punch.close(now, keep)
+            session.punch = None
+        if self._numbered.get(session.number) is session:
+            del self._numbered[session.number]
+            heapq.heappush(self._free, session.number)
+        if session.key is not None:
+            left = self._waiting_by_key[session.key] - 1
+            if left:
+                self._waiting_by_key[session.key] = left
+            else:
+                del self._waiting_by_key[session.key]
+            session.key = None
         if session.timer is not None:
             session.timer.cancel()
             session.timer = None

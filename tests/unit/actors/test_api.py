@@ -145,6 +145,9 @@ async def test_metrics_tell_what_was_counted() -> None:
     assert (before["channels"], after["channels"]) == (0, 1)
     assert after["udx.streams"] == 1
     assert after["udx.received"] > before["udx.received"]
+    assert before["bytes.received"] == before["bytes.sent"] == 0
+    assert after["bytes.received"] > 0
+    assert after["bytes.sent"] > 0
     assert seed["dht.received"] > 0
     assert not any(after[name] for name in after if name.endswith("dropped"))
     with pytest.raises(RuntimeError, match="does not run"):

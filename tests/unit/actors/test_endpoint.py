@@ -23,15 +23,18 @@ from hyperseaport.actors.messages import (
     Connect,
     Connected,
     ConnectFailed,
+    Describe,
     EndpointReady,
     Listen,
     ListenFailed,
     Listening,
+    Measure,
     Unlisten,
     Unlistened,
 )
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.supervisor import Supervisor
+from hyperseaport.transport.dht import endpoint as transport_endpoint
 from hyperseaport.transport.dht.endpoint import Endpoint, EndpointConfig
 from hyperseaport.transport.errors import InvalidInput, PeerNotFound
 from hyperseaport.transport.keys import KeyPair
@@ -99,6 +102,35 @@ async def test_two_endpoints_connect_by_key() -> None:
         await soon(lambda: one.lost)
         assert isinstance(one.error, ConnectionError)
         assert two.lost
+
+
+async def test_it_can_be_looked_into() -> None:
+    async with network() as (stage, server, _client):
+        fields = (await stage.runtime.call(server, Describe())).fields
+        host, _, port = fields["address"].rpartition(":")
+        assert (host, int(port) > 0) == ("0.0.0.0", True)
+        assert 0 < fields["nodes"] <= SEED_NODES
+        assert isinstance(fields["firewalled"], bool)
+        assert (await stage.runtime.call(server, Measure())).values["channels"] == 0
+
+
+async def test_looking_into_it_before_its_sockets_are_open_is_harmless(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unresolved = asyncio.Event()
+
+    async def never(_bootstrap: object) -> tuple[()]:
+        await unresolved.wait()
+        return ()
+
+    monkeypatch.setattr(transport_endpoint, "resolve", never)
+    async with ActorRuntime() as runtime:
+        address = runtime.spawn(EndpointActor, FIRST, "endpoint")
+        assert (await runtime.call(address, Measure())).values == {}
+        assert (await runtime.call(address, Describe())).fields == {}
+        unresolved.set()
+        await runtime.ready(address)
+        assert (await runtime.call(address, Describe())).fields["nodes"] == 0
 
 
 async def test_nobody_listens() -> None:
@@ -183,6 +215,27 @@ async def test_topics_are_announced_again(monkeypatch: pytest.MonkeyPatch) -> No
             assert await stage.runtime.call(server, topic, 20.0) == Announced()
         await soon(lambda: len(announced) >= 4)
         assert set(announced) == {b"\x01" * 32}
+
+
+async def test_topics_are_announced_again_when_the_network_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    announced: list[tuple[Endpoint, bytes]] = []
+
+    async def announce(self: Endpoint, topic: bytes, _key_pair: KeyPair) -> int:
+        announced.append((self, topic))
+        return 1
+
+    monkeypatch.setattr(Endpoint, "announce", announce)
+    async with network() as (stage, server, _client):
+        for number in range(2):
+            topic = AnnounceTopic(bytes([number]) * 32, PAIR)
+            assert await stage.runtime.call(server, topic, 20.0) == Announced()
+        node = announced[0][0]
+        assert len(announced) == 2
+        node.core.woke_up(node.now())
+        await soon(lambda: len(announced) == 4)
+        assert announced[2:] == announced[:2]
 
 
 async def test_the_console_is_told_once_it_serves() -> None:

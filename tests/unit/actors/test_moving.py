@@ -676,7 +676,8 @@ async def test_it_describes_itself() -> None:
         assert described == {
             "kind": "proxy",
             "state": "open",
-            "bytes": 14,
+            "bytes_read": 6,
+            "bytes_written": 8,
             "attempts": 1,
             "peer_key": A.public_key.hex(),
             "service_key": A.public_key.hex(),

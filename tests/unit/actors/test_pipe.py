@@ -302,7 +302,8 @@ async def test_it_describes_itself() -> None:
         assert described == {
             "kind": "service",
             "state": "open",
-            "bytes": 8,
+            "bytes_read": 4,
+            "bytes_written": 4,
             "target": f"{target[0]}:{target[1]}",
             "peer_key": (b"\x02" * 32).hex(),
             "service_key": (b"\x01" * 32).hex(),

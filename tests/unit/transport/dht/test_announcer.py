@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from support.dht_fakes import MINE, FakeNode, FakeRequest, reply
@@ -105,10 +106,11 @@ def test_relays_are_pinged_every_three_seconds() -> None:
     assert not node.requests
     for round_number in range(1, 3):
         node.wait(0.1 if round_number == 1 else 3.0)
-        pings = node.asked(PING)
-        assert [ping.to for ping in pings] == NODES[:3]
-        for ping in pings:
-            node.answer(ping, reply(ping.to))
+        kind = messages.FIND_PEER if round_number % announcer.CHECK_EVERY == 0 else PING
+        asked = node.asked(kind)
+        assert [each.to for each in asked] == NODES[:3]
+        for each in asked:
+            node.answer(each, reply(each.to, RECORD))
     assert len(node.queries) == 1
 
 
@@ -148,6 +150,68 @@ def test_a_relay_that_forgot_starts_a_new_cycle() -> None:
         assert len(node.queries) == 2
 
 
+def test_a_relay_that_sees_us_elsewhere_starts_a_new_cycle() -> None:
+    """It forwards to where we were."""
+    fixture = Fixture().started()
+    node = fixture.node
+    moved = ("7.0.0.2", 40000)
+
+    def round_of_answers() -> None:
+        node.wait(3.0)
+        for request in list(node.requests):
+            node.answer(request, replace(reply(request.to, RECORD), to=moved))
+
+    round_of_answers()
+    assert len(node.queries) == 2
+    # A NAT that shows another address each time does not keep us busy: its relays still see the
+    # one that was noted when they were found.
+    fixture.announce()
+    for _ in range(3):
+        round_of_answers()
+    assert len(node.queries) == 2
+    for _ in range(3):
+        round_of_answers()
+    assert len(node.queries) == 3
+
+
+def test_answers_to_a_cycle_that_was_given_up_do_nothing() -> None:
+    """The node may begin a new one while it looks at the very answer."""
+    fixture = Fixture().started()
+    node = fixture.node
+    node.wait(3.0)
+    first, *_ = node.asked(PING)
+    fixture.announcer.refresh(3.0)
+    first.on_done(reply(first.to), 3.0)
+    node.wait(30.0)
+    assert len(node.queries) == 2
+    announce, *_ = fixture.cycle()
+    fixture.announcer.refresh(33.0)
+    announce.on_done(reply(announce.to), 33.0)
+    assert fixture.announced == [0.0]
+
+
+def test_a_cycle_that_found_nobody_forgets_nobody() -> None:
+    fixture = Fixture().started()
+    fixture.announcer.refresh(1.0)
+    fixture.announce([])
+    fixture.node.wait(1.0)
+    assert fixture.node.queries[-1].options["nodes"] == tuple(NODES)
+
+
+def test_without_a_network_it_waits_for_the_node() -> None:
+    fixture = Fixture()
+    node = fixture.node
+    fixture.announcer.refresh(0.0)
+    fixture.announce([])
+    node.silent = True
+    node.wait(3600.0)
+    assert len(node.queries) == 1
+    fixture.announcer.refresh(node.now)
+    assert len(node.queries) == 2
+    fixture.announce()
+    assert len(fixture.announced) == 1
+
+
 def test_a_full_cycle_comes_after_a_hundred_rounds() -> None:
     fixture = Fixture().started()
     node = fixture.node
@@ -171,7 +235,7 @@ def test_without_any_relay_it_tries_again_soon() -> None:
         while len(fixture.node.queries) == cycles:
             fixture.node.wait(0.5)
         waits.append(fixture.node.now - before)
-    assert waits == [1, 2, 4, 8, 15, 15, 15]
+    assert waits == [1, 2, 3, 3, 3, 3, 3]
     assert not fixture.announced
     fixture.announce()
     assert len(fixture.announced) == 1

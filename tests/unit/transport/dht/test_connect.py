@@ -9,14 +9,17 @@ from support.dht_fakes import FakeNode, FakeRequest, context, reply
 
 from hyperseaport.transport import keys
 from hyperseaport.transport.dht import connect
+from hyperseaport.transport.dht.addresses import node_id
 from hyperseaport.transport.dht.connect import Attempt
 from hyperseaport.transport.dht.context import MAX_REMEMBERED, Connection, Route
 from hyperseaport.transport.dht.messages import (
     FIND_PEER,
     PEER_HANDSHAKE,
+    PEER_HOLEPUNCH,
     Firewall,
     HandshakeMessage,
     HolepunchInfo,
+    HolepunchMessage,
     Mode,
     NoisePayload,
     PeerRecord,
@@ -24,6 +27,7 @@ from hyperseaport.transport.dht.messages import (
     UdxInfo,
 )
 from hyperseaport.transport.dht.store import Forward
+from hyperseaport.transport.dht.table import Contact, Table
 from hyperseaport.transport.dht.wire import PING, Reply
 from hyperseaport.transport.errors import (
     ConnectError,
@@ -67,7 +71,9 @@ class Fixture:
     @property
     def asked(self) -> list[FakeRequest]:
         """Handshakes that wait for an answer."""
-        return self.node.asked(PEER_HANDSHAKE)
+        # PING has the same number, in another space.
+        asked = self.node.asked(PEER_HANDSHAKE)
+        return [request for request in asked if not request.options.get("internal")]
 
     def find(self, *nodes: Address) -> None:
         """The query finds nodes with the record."""
@@ -434,6 +440,18 @@ def test_an_open_client_does_not_wait_forever() -> None:
     assert isinstance(fixture.failed[0], PeerUnreachable)
 
 
+def test_an_attempt_has_one_timer_until_it_is_given_up() -> None:
+    """Also one whose server has answered, and waits for a way to it."""
+    fixture = Fixture()
+    approach(fixture, NoisePayload(udx=UDX))
+    assert fixture.node.asked(PING)
+    fixture.node.wait(connect.CONNECT_TIMEOUT - 0.1)
+    assert not fixture.failed
+    fixture.node.wait(0.2)
+    assert isinstance(fixture.failed[0], PeerUnreachable)
+    assert fixture.node.timers.deadline() is None
+
+
 def test_a_packet_before_the_answer_shows_the_way() -> None:
     """Checklist 61."""
     fixture = Fixture()
@@ -457,6 +475,146 @@ def test_a_stream_that_is_destroyed_before_the_answer() -> None:
     fixture.answer(NoisePayload(firewall=Firewall.OPEN, udx=UDX))
     assert isinstance(fixture.failed[0], PeerUnreachable)
     assert not fixture.opened
+
+
+# Punching
+
+PUNCH = HolepunchInfo(3, (Relay(RELAYS[0], SERVER), Relay(RELAYS[1], SERVER)))
+
+
+def test_a_server_behind_a_nat_is_punched() -> None:
+    """No PING goes there: it might spoil the mapping that the server is about to make."""
+    fixture = Fixture()
+    approach(fixture, NoisePayload(holepunch=PUNCH, udx=UDX))
+    assert not fixture.node.asked(PING)
+    (request,) = fixture.node.asked(PEER_HOLEPUNCH)
+    assert request.to == RELAYS[0]
+    message = HolepunchMessage.decode(request.options["value"])
+    assert (message.id, message.peer_address) == (3, SERVER)
+    fixture.context.punches.receive(CLIENT_SOCKET, SERVER, 0.0)
+    assert only(fixture.opened) == (CLIENT_SOCKET, SERVER, 99)
+    assert not fixture.context.routes
+    assert not fixture.node.asked(PEER_HOLEPUNCH)
+    assert fixture.node.timers.deadline() is None
+
+
+def test_a_punch_that_leads_nowhere_says_why() -> None:
+    fixture = Fixture()
+    approach(fixture, NoisePayload(holepunch=PUNCH, udx=UDX))
+    for _ in range(2):
+        fixture.node.answer(fixture.node.asked(PEER_HOLEPUNCH)[0], None)
+    (error,) = fixture.failed
+    assert isinstance(error, PeerUnreachable)
+    assert "did it stop?" in str(error)
+    assert len(fixture.context.mux) == 0
+
+
+def lan_approach(fixture: Fixture, inside: tuple[Address, ...]) -> list[FakeRequest]:
+    """A server behind the same NAT answers. The PINGs."""
+    fixture.connect()
+    fixture.find(RELAYS[0])
+    request = fixture.asked[0]
+    payload = NoisePayload(addresses4=inside, holepunch=PUNCH, udx=UDX)
+    fixture.node.answer(request, lan_reply(request, serve(request, payload, SERVER)[0]))
+    return fixture.node.asked(PING)
+
+
+def test_inside_and_punching_race() -> None:
+    """Pitfall 24."""
+    inside = ("192.168.1.77", 3)
+    for first in range(2):
+        fixture = Fixture()
+        (ping,) = lan_approach(fixture, (inside,))
+        assert ping.to == inside
+        assert len(fixture.node.asked(PEER_HOLEPUNCH)) == 1
+        if first:
+            fixture.node.answer(ping, reply(inside))
+            assert only(fixture.opened) == (CLIENT_SOCKET, inside, 99)
+        else:
+            fixture.context.punches.receive(CLIENT_SOCKET, SERVER, 0.0)
+            assert only(fixture.opened) == (CLIENT_SOCKET, SERVER, 99)
+        assert not fixture.node.asked(PING)
+        assert not fixture.node.asked(PEER_HOLEPUNCH)
+        assert len(fixture.context.mux) == 1
+
+
+def test_neither_inside_nor_punching() -> None:
+    fixture = Fixture()
+    (ping,) = lan_approach(fixture, (("192.168.1.77", 3),))
+    for _ in range(2):
+        fixture.node.answer(fixture.node.asked(PEER_HOLEPUNCH)[0], None)
+    assert not fixture.failed
+    fixture.node.answer(ping, None)
+    assert len(fixture.failed) == 1
+
+
+def test_nobody_connects_to_itself() -> None:
+    """Inner addresses are the same behind many NATs."""
+    fixture = Fixture()
+    (own,) = fixture.context.addresses()
+    assert not lan_approach(fixture, (own,))
+
+
+def test_connects_to_one_server_share_a_path() -> None:
+    fixture = Fixture()
+    for _ in range(3):
+        fixture.connect()
+        fixture.find(RELAYS[0])
+        fixture.answer(NoisePayload(holepunch=PUNCH, udx=UDX))
+    unanswered = fixture.connect()
+    assert len(fixture.node.asked(PEER_HOLEPUNCH)) == 3
+    fixture.context.punches.receive(CLIENT_SOCKET, SERVER, 0.0)
+    assert len(fixture.opened) == 3
+    assert {only([connection])[1] for connection in fixture.opened} == {SERVER}
+    assert not unanswered.done
+    assert len(fixture.context.punches) == 0
+
+
+def test_a_punched_route_is_no_reason_to_wait() -> None:
+    fixture = Fixture()
+    fixture.context.remember_relays(KEY, tuple(RELAYS[:3]))
+    fixture.context.remember_route(KEY, Route(CLIENT_SOCKET, SERVER, punched=True))
+    fixture.connect()
+    assert [request.to for request in fixture.asked] == [SERVER, RELAYS[0]]
+    fixture.answer(NoisePayload(udx=UdxInfo(99, reusable_socket=True)), server=None)
+    assert fixture.context.routes[KEY].punched
+
+
+def test_a_route_over_a_socket_that_is_gone() -> None:
+    fixture = Fixture()
+    fixture.context.remember_route(KEY, Route(77, SERVER))
+    fixture.connect()
+    assert not fixture.asked
+    assert not fixture.context.routes
+
+
+def test_nodes_of_a_small_network_are_asked_at_once() -> None:
+    fixture = Fixture()
+    nodes = [(f"9.0.0.{n}", 49737) for n in range(1, 8)]
+    table = Table(bytes(32))
+    for node in nodes:
+        table.add(Contact(node_id(node), node, 0))
+    fixture.node.table = table  # type: ignore[assignment]
+    fixture.connect()
+    nearest = [contact.address for contact in table.nearest(TARGET, connect.GUESSES)]
+    assert [request.to for request in fixture.asked] == nearest
+    assert len(fixture.node.queries) == 1
+    # They are not asked again, and nothing is missed if they do not know the server.
+    fixture.find(nearest[0], next(node for node in nodes if node not in nearest))
+    assert len(fixture.asked) == connect.GUESSES + 1
+
+
+def test_patience_has_an_end() -> None:
+    fixture = Fixture()
+    fixture.connect()
+    fixture.find(*RELAYS[:6])
+    fixture.node.finish(fixture.node.queries[0])
+    fixture.node.wait(connect.PATIENCE - 0.1)
+    assert not fixture.failed
+    fixture.node.wait(0.2)
+    assert isinstance(fixture.failed[0], PeerUnreachable)
+    assert not fixture.asked
+    assert fixture.node.timers.deadline() is None
 
 
 # The end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 from collections import deque
@@ -19,26 +20,30 @@ from hyperseaport.transport import keys
 from hyperseaport.transport.channel import Channel
 from hyperseaport.transport.dht import endpoint as module
 from hyperseaport.transport.dht.endpoint import (
-    KEEP_ALIVE,
-    KEEP_ALIVE_EARLY,
+    LOOK,
     MAX_RUN,
     SMALL,
     Endpoint,
     EndpointConfig,
     Listener,
-    local_hosts,
     parse_address,
     resolve,
 )
+from hyperseaport.transport.dht.messages import ANNOUNCE
+from hyperseaport.transport.dht.wire import FIND_NODE, REQUEST, decode_request
 from hyperseaport.transport.errors import (
     Closed,
     ConnectError,
     InvalidInput,
     LocalError,
     PeerNotFound,
+    PeerSilent,
     StreamReset,
+    StreamTimeout,
 )
 from hyperseaport.transport.keys import KeyPair
+from hyperseaport.transport.liveness import EARLY, INTERVAL
+from hyperseaport.transport.machine import Machine
 from hyperseaport.transport.transmit import Address, Transmit
 
 HOST = "127.0.0.1"
@@ -293,35 +298,6 @@ async def test_names_that_cannot_be_one(name: str) -> None:
     assert await resolve((f"{name}:1", "127.0.0.1:2")) == (("127.0.0.1", 2),)
 
 
-def test_local_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert local_hosts("192.168.7.7") == ("192.168.7.7",)
-    monkeypatch.setattr(module, "_interface_hosts", lambda: ["10.1.1.1", "10.2.2.2", "10.1.1.1"])
-    assert local_hosts("0.0.0.0") == ("10.1.1.1", "10.2.2.2")
-    monkeypatch.setattr(module, "_interface_hosts", list)
-    assert local_hosts("0.0.0.0") == ("127.0.0.1",)
-
-
-def test_local_hosts_of_this_machine() -> None:
-    for host in local_hosts("0.0.0.0"):
-        socket.inet_aton(host)
-
-
-@pytest.mark.parametrize(
-    ("hosts", "found"), [(["127.0.1.1", "10.3.3.3"], ["10.3.3.3"]), (None, [])]
-)
-def test_local_hosts_of_other_systems(
-    monkeypatch: pytest.MonkeyPatch, hosts: list[str] | None, found: list[str]
-) -> None:
-    def lookup(_name: str) -> tuple[str, list[str], list[str]]:
-        if hosts is None:
-            raise socket.gaierror(socket.EAI_NONAME, "unknown")
-        return "name", [], hosts
-
-    monkeypatch.setattr("sys.platform", "darwin")
-    monkeypatch.setattr("socket.gethostbyname_ex", lookup)
-    assert list(module._interface_hosts()) == found
-
-
 # Virtual time
 
 
@@ -421,79 +397,300 @@ def test_a_client_that_is_not_allowed_gets_no_answer(wire: type[MemoryUdp]) -> N
     run_virtual(scenario())
 
 
-def test_keep_alives_are_timed_by_the_last_write(wire: type[MemoryUdp]) -> None:
+def beats(channels: Sequence[Channel]) -> list[tuple[float, Channel]]:
+    """(time, channel) of every heartbeat from now on."""
+    loop = asyncio.get_running_loop()
+    sent: list[tuple[float, Channel]] = []
+    for channel in channels:
+
+        def beat(channel: Channel = channel, real: Any = channel.keep_alive) -> None:
+            sent.append((loop.time(), channel))
+            real()
+
+        channel.keep_alive = beat  # type: ignore[method-assign]
+    return sent
+
+
+async def idle_channels(client: Endpoint, count: int) -> list[Channel]:
+    channels = []
+    for _ in range(count):
+        channel = await client.connect(SERVER_KEYS.public_key)
+        channel.set_protocol(Recorder())
+        channels.append(channel)
+    return channels
+
+
+def test_idle_channels_of_one_peer_share_a_heartbeat(wire: type[MemoryUdp]) -> None:
     async def scenario() -> None:
         accepted: list[Channel] = []
         server, client = await virtual_pair(accepted)
-        loop = asyncio.get_running_loop()
-        proofs: dict[Channel, list[float]] = {}
-        written: dict[Channel, float] = {}
-        channels = []
-        for number in range(10):
-            channel = await client.connect(SERVER_KEYS.public_key)
-            channel.set_protocol(Recorder())
-            channels.append(channel)
-            keep_alive = channel.keep_alive
-
-            def proof(channel: Channel = channel, real: Callable[[], None] = keep_alive) -> None:
-                proofs.setdefault(channel, []).append(loop.time())
-                real()
-
-            channel.keep_alive = proof  # type: ignore[method-assign]
-            channel.write(bytes([number]))
-            written[channel] = loop.time()
-            await asyncio.sleep(0.3)
-            # One timer serves them all.
-            assert client._timer is not None
-            rings = [timer for timer in timers() if callback(timer) == client._ring]
-            assert rings == [client._timer]
-        busy = channels[0]
-        for _ in range(20):
-            busy.write(b"busy")
-            written[busy] = loop.time()
-            await asyncio.sleep(1.0)
-        assert busy not in proofs
-        for channel in channels[1:]:
-            before = written[channel]
-            for when in proofs[channel]:
-                assert KEEP_ALIVE - KEEP_ALIVE_EARLY <= when - before <= KEEP_ALIVE + 0.05
-                before = when
-            assert len(proofs[channel]) in {3, 4}
+        channels = await idle_channels(client, 10)
+        sent = beats(channels)
+        await asyncio.sleep(10 * INTERVAL + 1)
+        # Each one in its turn, one an interval.
+        assert [channel for _, channel in sent] == channels
+        assert all(
+            INTERVAL - EARLY <= after[0] - before[0] <= INTERVAL + 0.05
+            for before, after in itertools.pairwise(sent)
+        )
+        rings = [timer for timer in timers() if callback(timer) == client._ring]
+        assert rings == [client._timer]
         # They reach the peer and are not delivered.
-        assert sum(peer.bytes_moved for peer in accepted) == 2 * (10 + 20 * 4)  # and back
+        assert sum(peer.bytes_moved for peer in accepted) == 0
+        # What one channel writes proves the peer for all.
+        sent.clear()
+        for _ in range(20):
+            channels[3].write(b"busy")
+            await asyncio.sleep(1.0)
+        assert sent == []
         for channel in channels:
             channel.abort()
-        assert client._written == {}
-        counts = {channel: len(times) for channel, times in proofs.items()}
+        sent.clear()
         await asyncio.sleep(60)
-        assert counts == {channel: len(times) for channel, times in proofs.items()}
+        assert sent == []
+        assert len(client._liveness) == 0
         await client.close()
         await server.close()
 
     run_virtual(scenario())
 
 
-def test_keep_alives_due_at_about_the_same_time_leave_in_one_call(wire: type[MemoryUdp]) -> None:
+def test_many_idle_channels_cost_a_handful_of_datagrams(wire: type[MemoryUdp]) -> None:
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        await idle_channels(client, 500)
+        await asyncio.sleep(60)
+        wire.sent.clear()
+        await asyncio.sleep(10 * INTERVAL)
+        udx = [datagram for _, datagram in wire.sent if datagram[0] == 0xFF]
+        # A message and its ACK, each way.
+        assert 0 < len(udx) <= 10 * 4 + 4
+        assert len(accepted) == server.channels == client.channels == 500
+        await client.close()
+        await server.close()
+
+    run_virtual(scenario())
+
+
+def test_bytes_are_counted_over_its_whole_life(wire: type[MemoryUdp]) -> None:
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        one, two = await idle_channels(client, 2)
+        # Everything is echoed, but not everything is taken.
+        one.pause_reading()
+        one.write(b"x" * 1000)
+        two.write(b"x" * 234)
+        await asyncio.sleep(1.0)
+        # Those that live, those that have ended, and some of each.
+        for ended in (0, 1, 2):
+            for channel in (one, two)[:ended]:
+                channel.abort()
+            await asyncio.sleep(1.0)
+            assert client.channels == server.channels == 2 - ended
+            ours, theirs = client.metrics(), server.metrics()
+            assert (ours["bytes.sent"], ours["bytes.received"]) == (1234, 234)
+            assert (theirs["bytes.sent"], theirs["bytes.received"]) == (1234, 1234)
+        await client.close()
+        await server.close()
+
+    run_virtual(scenario())
+
+
+async def losses(channel: Channel) -> list[Exception | None]:
+    """What its protocol was told, once that has been told."""
+    protocol = channel.get_protocol()
+    assert isinstance(protocol, Recorder)
+    await protocol.ended.wait()
+    return protocol.lost
+
+
+def vanish(endpoint: Endpoint) -> None:
+    """As if its host had lost its power."""
+    for udp in endpoint._sockets.values():
+        udp.closed = True  # type: ignore[attr-defined]
+        udp.send = lambda _transmit: None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("traffic", ["none", "ours", "theirs"])
+def test_all_channels_to_a_vanished_peer_end_soon(wire: type[MemoryUdp], traffic: str) -> None:
+    """Whether anything was under way or not, and half-closed ones too."""
+
     async def scenario() -> None:
         accepted: list[Channel] = []
         server, client = await virtual_pair(accepted)
         loop = asyncio.get_running_loop()
-        for _ in range(20):
-            channel = await client.connect(SERVER_KEYS.public_key)
-            channel.set_protocol(Recorder())
-            await asyncio.sleep(0.02)
-        rings: list[float] = []
-        keep_alive = client._keep_alive
+        channels = await idle_channels(client, 50)
+        for channel in accepted:
+            channel.set_protocol(Recorder())  # who does not end when we do
+        for channel in channels[40:]:
+            channel.write_eof()
+        await asyncio.sleep(7.3)
+        for channel in {"none": [], "ours": channels[:5], "theirs": accepted[:5]}[traffic]:
+            channel.write(b"under way" * 50_000)
+        await asyncio.sleep(0.004)
+        before = loop.time()
+        vanish(server)
+        for channel in channels:
+            [error] = await losses(channel)
+            assert isinstance(error, StreamTimeout)
+        assert 10.0 <= loop.time() - before <= 15.5
+        assert isinstance(error, PeerSilent)
+        assert str(error) == "the peer was silent for 15 s; check the network and connect again"
+        assert len(client.core.mux) == 0
+        client.kill()
+        server.kill()
 
-        def counted(now: float) -> None:
-            rings.append(loop.time())
-            keep_alive(now)
+    run_virtual(scenario())
 
-        client._keep_alive = counted  # type: ignore[method-assign]
-        await asyncio.sleep(KEEP_ALIVE)
-        assert len(rings) == 1
-        await client.close()
-        await server.close()
+
+def test_one_half_closed_channel_finds_that_its_peer_vanished(wire: type[MemoryUdp]) -> None:
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        loop = asyncio.get_running_loop()
+        [channel] = await idle_channels(client, 1)
+        accepted[0].set_protocol(Recorder())
+        channel.write_eof()
+        await asyncio.sleep(3600)
+        assert client.channels == server.channels == 1
+        before = loop.time()
+        vanish(server)
+        await losses(channel)
+        assert 10.0 <= loop.time() - before <= 15.5
+        client.kill()
+        server.kill()
+
+    run_virtual(scenario())
+
+
+def test_a_peer_that_forgot_its_channels_is_found_out(wire: type[MemoryUdp]) -> None:
+    """One channel is heard, the others are forgotten, as when a program starts again where it was:
+    the first to time out has all the others ask."""
+
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        loop = asyncio.get_running_loop()
+        channels = await idle_channels(client, 20)
+        channels[1].write_eof()
+        accepted[1].set_protocol(Recorder())
+        await asyncio.sleep(1)
+
+        async def talk() -> None:
+            while True:
+                accepted[-1].write(b"still here")
+                await asyncio.sleep(0.5)
+
+        talking = asyncio.create_task(talk())
+        for channel in accepted[:-1]:
+            channel.stream._close(None, None, lingering=False)  # without a word
+        before = loop.time()
+        for channel in channels[:-1]:
+            await losses(channel)
+        # Each peer's turn would come only every 100 s.
+        assert loop.time() - before < INTERVAL + 13.5 + 15.5
+        await asyncio.sleep(60)
+        assert client.channels == 1
+        assert not channels[-1].is_closing()
+        talking.cancel()
+        client.kill()
+        server.kill()
+
+    run_virtual(scenario())
+
+
+class Places:
+    """Machines of this test: what they are told by the test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asleep: dict[str, float] = {}
+        self.hosts: dict[str, tuple[str, ...]] = {}
+        self.looks = 0
+        places = self
+
+        class Told(Machine):
+            def slept(self, now: float) -> float:
+                return places.asleep.pop(self._host, 0.0)
+
+            def look(self) -> bool | None:
+                places.looks += 1
+                hosts = places.hosts.get(self._host, self.hosts)
+                if hosts == self.hosts:
+                    return None
+                self.hosts = hosts
+                return True
+
+        monkeypatch.setattr(module, "Machine", Told)
+
+
+def asked(wire: type[MemoryUdp], since: float) -> list[tuple[float, int]]:
+    """(time, command) of the DHT requests that were sent."""
+    found = []
+    for when, datagram in wire.sent:
+        if when >= since and datagram[0] == REQUEST:
+            command = decode_request(datagram, 0, ("10.0.0.1", 1)).command
+            found.append((when, command))
+    return found
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["slept", "stopped"])
+def test_after_a_sleep_everything_is_looked_at_at_once(
+    wire: type[MemoryUdp], monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    """A clock that stood still while the machine slept, and one that went on while the program was
+    stopped. Nobody is dead by that alone."""
+
+    async def scenario() -> None:
+        places = Places(monkeypatch)
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        await client.listen(CLIENT_KEYS, lambda _channel: None)
+        loop: Any = asyncio.get_running_loop()
+        channels = await idle_channels(client, 5)
+        await asyncio.sleep(100)
+        if stopped:
+            loop._clock.now += 3600
+        else:
+            places.asleep = {"10.0.0.1": 3600.0, "10.0.0.2": 3600.0}
+        woke = loop.time()
+        sent = beats(channels)
+        await asyncio.sleep(0.0 if stopped else 3.0)
+        await asyncio.sleep(0.1)
+        assert len(sent) == 1
+        commands = [command for _, command in asked(wire, woke)]
+        assert ANNOUNCE in commands
+        assert FIND_NODE in commands
+        await asyncio.sleep(60)
+        assert client.channels == server.channels == 5
+        client.kill()
+        server.kill()
+
+    run_virtual(scenario())
+
+
+def test_a_new_address_is_announced_at_once(
+    wire: type[MemoryUdp], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        places = Places(monkeypatch)
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        await client.listen(CLIENT_KEYS, lambda _channel: None)
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(100)
+        looks = places.looks
+        await asyncio.sleep(60)
+        assert 2 * 60 / 5 - 2 <= places.looks - looks <= 2 * 60 / LOOK
+        places.hosts["10.0.0.2"] = ("10.0.0.3",)
+        moved = loop.time()
+        await asyncio.sleep(5.1)
+        assert ANNOUNCE in [command for _, command in asked(wire, moved)]
+        assert client.core._context.local_hosts == ("10.0.0.3",)
+        assert ("10.0.0.3", client.address[1]) in client.core._context.addresses()
+        client.kill()
+        server.kill()
 
     run_virtual(scenario())
 

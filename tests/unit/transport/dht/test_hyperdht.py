@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import struct
 from random import Random
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from vectors import load
 
 from hyperseaport.transport.dht import hyperdht, messages
-from hyperseaport.transport.dht.hyperdht import Connection, HyperDHT, HyperDHTConfig
+from hyperseaport.transport.dht.hyperdht import Attempt, Connection, HyperDHT, HyperDHTConfig
 from hyperseaport.transport.dht.messages import (
     HandshakeMessage,
     Mode,
@@ -19,6 +20,7 @@ from hyperseaport.transport.dht.messages import (
     UdxInfo,
 )
 from hyperseaport.transport.dht.node import NodeConfig
+from hyperseaport.transport.dht.rpc import Pending
 from hyperseaport.transport.dht.wire import Reply, decode_response, encode_request
 from hyperseaport.transport.errors import Closed, InvalidInput, LocalError
 from hyperseaport.transport.keys import NS_PEER_HANDSHAKE, KeyPair, target
@@ -249,3 +251,40 @@ def test_the_answer_leaves_before_the_first_bytes() -> None:
     answer, stream_packet = sent(dht)
     assert (answer[0], answer[1][0]) == (PEER, 0x13)
     assert (stream_packet[0], stream_packet[1][:2]) == (PEER, b"\xff\x01")
+
+
+def test_a_connect_needs_no_garbage_collection() -> None:
+    """What it leaves is gone with its last reference: collections cost more than connects."""
+    server, client = persistent(), ephemeral()
+    listen(server)
+    sent(server)
+    opened: list[Connection] = []
+    gc.collect()
+    gc.disable()
+    try:
+        client.connect(
+            KEYS.public_key,
+            0.0,
+            relay_addresses=(SELF,),
+            on_open=lambda connection, _now: opened.append(connection),
+            on_error=lambda error, _now: pytest.fail(str(error)),
+        )
+        ((to, request),) = sent(client)
+        assert to == SELF
+        server.receive(request, SERVER_SOCKET, PEER, 0.0)
+        client.receive(sent(server)[0][1], CLIENT_SOCKET, SELF, 0.0)
+        assert len(opened) == 1
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, Attempt | Pending)]
+    finally:
+        gc.enable()
+
+
+def test_many_answers_leave_before_more_is_taken() -> None:
+    dht = persistent()
+    question = encode_request(7, SELF, messages.FIND_PEER, target=TARGET)
+    for _ in range(hyperdht.EARLY - 1):
+        dht.receive(question, SERVER_SOCKET, PEER, 0.0)
+        assert not dht.early_transmits(0.0)
+    dht.receive(question, SERVER_SOCKET, PEER, 0.0)
+    assert len(dht.early_transmits(0.0)) == hyperdht.EARLY
+    assert not dht.transmits(0.0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hyperseaport.transport.dht import messages, router
 from hyperseaport.transport.dht.messages import HandshakeMessage, HolepunchMessage, Mode
-from hyperseaport.transport.dht.router import Incoming, Router
+from hyperseaport.transport.dht.router import Incoming, IncomingPunch, PunchAnswer, Router
 from hyperseaport.transport.dht.store import Forward, Forwards
 from hyperseaport.transport.dht.wire import Request
 from hyperseaport.transport.transmit import Address
@@ -27,6 +27,7 @@ class FakeNode:
     def __init__(self) -> None:
         self.sent: list[tuple[str, Address, bytes | None]] = []
         self.options: dict[str, Any] = {}
+        self.sockets: list[int | None] = []
 
     def reply(self, request: Request, now: float, **options: Any) -> None:
         to = options.pop("to", None) or request.source
@@ -36,7 +37,7 @@ class FakeNode:
     def forward(
         self, request: Request, to: Address, value: bytes, now: float, *, socket: int | None = None
     ) -> None:
-        assert socket is None
+        self.sockets.append(socket)
         self.sent.append(("forward", to, value))
 
 
@@ -44,6 +45,10 @@ class FakeServer:
     def __init__(self, noise: bytes | None = b"noise 2") -> None:
         self.noise = noise
         self.incoming: list[Incoming] = []
+        self.punches: list[tuple[IncomingPunch, PunchAnswer]] = []
+
+    def on_holepunch(self, incoming: IncomingPunch, answer: PunchAnswer, now: float) -> None:
+        self.punches.append((incoming, answer))
 
     def on_handshake(self, incoming: Incoming, answer: Callable[[bytes], None], now: float) -> None:
         self.incoming.append(incoming)
@@ -190,6 +195,31 @@ def test_holepunch_prefers_the_named_address() -> None:
 def test_holepunch_from_the_server_becomes_a_reply() -> None:
     sent = Fixture().ask(HolepunchMessage(Mode.FROM_SERVER, 0, b"p", CLIENT), SERVER)
     assert sent == [("reply", CLIENT, HolepunchMessage(Mode.REPLY, 0, b"p", SERVER))]
+
+
+def test_holepunch_for_a_server_is_answered_from_the_socket_it_names() -> None:
+    """3.8: through the relay, as a request with the number 0; now or later."""
+    fixture, server = Fixture(), FakeServer()
+    fixture.router.serve(TARGET, server)
+    message = HolepunchMessage(Mode.FROM_RELAY, 5, b"p", CLIENT)
+    assert fixture.ask(message, RELAY) == []
+    ((incoming, answer),) = server.punches
+    assert incoming == IncomingPunch(message, CLIENT, RELAY)
+    answer(b"sealed", 12, 1.0)
+    value = HolepunchMessage(Mode.FROM_SERVER, 0, b"sealed", CLIENT).encode()
+    assert fixture.node.sent == [("forward", RELAY, value)]
+    assert fixture.node.sockets == [12]
+    for wrong in (
+        HolepunchMessage(Mode.FROM_RELAY, 5, b"p"),
+        HolepunchMessage(Mode.FROM_RELAY, 5, b"p", ("1.2.3.4", 0)),
+        HolepunchMessage(Mode.FROM_SECOND_RELAY, 5, b"p", CLIENT),
+        HolepunchMessage(Mode.REPLY, 5, b"p", CLIENT),
+    ):
+        assert fixture.ask(wrong, RELAY) == []
+    assert len(server.punches) == 1
+    assert fixture.router.dropped == 4
+    # Others' clients are passed on by a server's node as well.
+    assert fixture.ask(HolepunchMessage(Mode.FROM_CLIENT, 4, b"p", SERVER), CLIENT)
 
 
 def test_one_host_cannot_have_everything_forwarded() -> None:

@@ -21,7 +21,9 @@ class Bench:
     def __init__(self) -> None:
         self.timers = Timers()
         self.given_up: list[Pending] = []
-        self.engine = Engine(self.timers, Random(1), self.given_up.append)
+        self.engine = Engine(
+            self.timers, Random(1), lambda pending, _now: self.given_up.append(pending)
+        )
         self.done: list[tuple[Reply | None, float]] = []
 
     def ask(

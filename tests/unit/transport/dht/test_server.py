@@ -4,17 +4,27 @@ import struct
 from typing import Any
 
 import pytest
-from support.dht_fakes import FakeNode, context
+from support.dht_fakes import FakeNode, context, reply
 
 from hyperseaport.transport import keys
 from hyperseaport.transport.dht import context as limits
 from hyperseaport.transport.dht import server as server_module
 from hyperseaport.transport.dht.context import Connection
-from hyperseaport.transport.dht.messages import Firewall, NoisePayload, PeerRecord, UdxInfo
-from hyperseaport.transport.dht.router import Incoming
+from hyperseaport.transport.dht.messages import (
+    Firewall,
+    HolepunchInfo,
+    HolepunchMessage,
+    HolepunchPayload,
+    Mode,
+    NoisePayload,
+    PeerRecord,
+    Relay,
+    UdxInfo,
+)
+from hyperseaport.transport.dht.router import Incoming, IncomingPunch
 from hyperseaport.transport.dht.server import Server
 from hyperseaport.transport.keys import KeyPair
-from hyperseaport.transport.noise import Initiator
+from hyperseaport.transport.noise import Initiator, seal, unseal
 from hyperseaport.transport.transmit import CLIENT_SOCKET, SERVER_SOCKET, Address
 
 KEYS = KeyPair.from_seed(bytes([1]) * 32)
@@ -263,4 +273,167 @@ def test_close_ends_what_waits_and_keeps_what_is_connected() -> None:
     assert fixture.handshake(initiator(seed=7)[1]) is None
     fixture.server.close(2.0, done.append)
     assert done == [1.0, 2.0]
+    assert fixture.node.timers.deadline() is None
+
+
+RELAYS = (Relay(RELAY, ("7.0.0.1", 777)), Relay(("5.0.0.2", 49737), ("7.0.0.1", 777)))
+
+
+def punchable(**options: Any) -> Fixture:
+    """A server that is announced, and whose NAT is consistent."""
+    fixture = Fixture(**options)
+    fixture.server._announcer.relays = RELAYS
+    for index in range(3):
+        seen = reply((f"9.0.0.{index}", 1))
+        seen.to = SELF
+        fixture.context.punches.survey.note(seen, fixture.node.now)
+    return fixture
+
+
+class Punching:
+    """A client that punches."""
+
+    def __init__(self, fixture: Fixture, seed: int = 3) -> None:
+        self.fixture = fixture
+        one, noise = initiator(seed=seed)
+        answer = fixture.handshake(noise)
+        assert answer is not None
+        plain, handshake = one.read(answer)
+        self.payload = NoisePayload.decode(plain)
+        self.secret = handshake.holepunch_secret
+        self.answers: list[HolepunchPayload] = []
+
+    @property
+    def number(self) -> int:
+        assert self.payload.holepunch is not None
+        return self.payload.holepunch.id
+
+    @property
+    def stream_id(self) -> int:
+        assert self.payload.udx is not None
+        return self.payload.udx.id
+
+    def send(self, payload: HolepunchPayload, *, client: Address = CLIENT) -> None:
+        sealed = seal(payload.encode(), self.secret, bytes(24))
+        message = HolepunchMessage(Mode.FROM_RELAY, self.number, sealed, client)
+        incoming = IncomingPunch(message, client, RELAY)
+        self.fixture.server.on_holepunch(incoming, self._answer, self.fixture.node.now)
+
+    def _answer(self, sealed: bytes, _socket: int, _now: float) -> None:
+        plain = unseal(sealed, self.secret)
+        assert plain is not None
+        self.answers.append(HolepunchPayload.decode(plain))
+
+
+def test_a_firewalled_server_says_how_to_punch_it() -> None:
+    """Checklist 44; the lowest free numbers."""
+    fixture = punchable()
+    clients = [Punching(fixture, seed) for seed in range(3, 6)]
+    assert clients[0].payload.holepunch == HolepunchInfo(0, RELAYS)
+    assert [client.number for client in clients] == [0, 1, 2]
+    fixture.packet(clients[1].stream_id, CLIENT_SOCKET, CLIENT)
+    assert [Punching(fixture, seed).number for seed in (6, 7)] == [1, 3]
+
+
+def test_who_need_not_punch_is_not_told_how() -> None:
+    fixture = punchable()
+    one, noise = initiator(NoisePayload(firewall=Firewall.OPEN, udx=UdxInfo(77)))
+    assert read(one, fixture.handshake(noise)).holepunch is None
+    one, noise = initiator(seed=9)
+    assert read(one, fixture.handshake(noise, direct=True)).holepunch is None
+    # On our own machine, with no NAT in front of it.
+    fixture.context.local_hosts = (SELF[0],)
+    one, noise = initiator(seed=10)
+    assert read(one, fixture.handshake(noise, client=(SELF[0], 5))).holepunch is None
+    one, noise = initiator(seed=11)
+    assert read(one, fixture.handshake(noise)).holepunch is not None
+    fixture.node.public = ("7.0.0.1", 49737)
+    one, noise = initiator(seed=12)
+    assert read(one, fixture.handshake(noise)).holepunch is None
+
+
+def test_punching_leads_to_a_connection() -> None:
+    fixture = punchable()
+    client = Punching(fixture)
+    client.send(HolepunchPayload(remote_address=SELF))
+    (answer,) = client.answers
+    assert (answer.firewall, answer.addresses) == (Firewall.CONSISTENT, (SELF,))
+    assert [t.address for t in fixture.context.punches.outbox] == [CLIENT]
+    # The client's punch is echoed, and its first packet connects.
+    fixture.context.punches.receive(CLIENT_SOCKET, CLIENT, 0.0)
+    assert [t.address for t in fixture.context.punches.outbox] == [CLIENT, CLIENT]
+    fixture.packet(client.stream_id, CLIENT_SOCKET, CLIENT)
+    assert len(fixture.connections) == 1
+    assert len(fixture.context.punches) == 0
+    client.send(HolepunchPayload(round=1))
+    assert len(client.answers) == 1
+    assert fixture.server.stats.punch_messages == 1
+    assert fixture.server.stats.punch_strays == 1
+    fixture.node.wait(60)
+    assert fixture.node.timers.deadline() is None
+
+
+def test_punching_takes_as_long_as_it_takes() -> None:
+    """A session lives while there is hope: ten rounds, or a search."""
+    for firewall, lasts in ((2, server_module.PUNCH_WAIT), (3, server_module.SEARCH_WAIT)):
+        fixture = punchable()
+        client = Punching(fixture)
+        fixture.node.wait(5)
+        client.send(HolepunchPayload())
+        token = client.answers[0].token
+        asked = HolepunchPayload(
+            round=1,
+            punching=True,
+            firewall=firewall,
+            addresses=((CLIENT[0], 0 if firewall == 3 else 5),),
+            remote_token=token,
+        )
+        client.send(asked)
+        assert client.answers[1].punching
+        fixture.node.wait(4)
+        # Asking again does not make it longer.
+        client.send(asked)
+        fixture.node.wait(lasts - 4.1)
+        assert len(fixture.context.mux) == 1
+        fixture.node.wait(0.2)
+        assert len(fixture.context.mux) == len(fixture.context.punches) == 0
+        assert fixture.server.stats.abandoned == 1
+
+
+def test_sessions_of_one_key_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "MAX_WAITING_PER_KEY", 2)
+    fixture = punchable()
+    answered = [fixture.handshake(initiator(seed=n)[1]) is not None for n in range(10, 14)]
+    assert answered == [True, True, False, False]
+    assert fixture.server.stats.limited == 2
+    fixture.node.wait(10)
+    assert not fixture.server._waiting_by_key
+    assert fixture.handshake(initiator(seed=20)[1]) is not None
+
+
+def test_messages_about_punching_are_bounded() -> None:
+    """A flood costs a bounded number of openings a second, whatever client it names."""
+    fixture = punchable()
+    client = Punching(fixture)
+    burst = int(limits.PUNCH_MESSAGES_PER_CLIENT * limits.PUNCH_MESSAGES_PATIENCE)
+    for _ in range(burst + 50):
+        client.send(HolepunchPayload(remote_address=SELF))
+    assert len(client.answers) == burst
+    assert fixture.server.stats.limited == 50
+    spoofed = int(limits.PUNCH_MESSAGES_PER_SENDER * limits.PUNCH_MESSAGES_PATIENCE)
+    for index in range(spoofed):
+        client.send(HolepunchPayload(), client=(f"6.1.{index >> 8}.{index & 255}", 1))
+    assert len(client.answers) == spoofed
+    assert len(fixture.context.punches) == 1
+
+
+def test_closing_stops_punching() -> None:
+    fixture = punchable()
+    client = Punching(fixture)
+    client.send(HolepunchPayload())
+    fixture.server._announcer.relays = ()
+    fixture.server.close(1.0, lambda _now: None)
+    assert len(fixture.context.punches) == len(fixture.context.mux) == 0
+    client.send(HolepunchPayload(round=1))
+    assert len(client.answers) == 1
     assert fixture.node.timers.deadline() is None
