@@ -17,6 +17,10 @@ from .store import Row
 #: Who registered: in the table of an actor the address of a session.
 Session = TypeVar("Session", bound=Hashable)
 
+#: What `json.loads` does without looking for white space around a text: a start does it for each
+#: entry.
+_scan = json.JSONDecoder().scan_once
+
 #: Role, and version without build metadata.
 Place = tuple[str, str]
 
@@ -129,7 +133,7 @@ def whole_size(meta: Meta, size: int, lease: Lease | None = None) -> int:
     return whole if lease is None else whole + lease.size
 
 
-@lru_cache(4096)
+@lru_cache(65_536)
 def _role_size(role: str) -> int:
     return json_size(role)
 
@@ -160,7 +164,7 @@ def from_row(row: Row, now: float) -> Entry[Any] | None:
     size = len(row.meta.encode("utf-8", "backslashreplace"))
     try:
         if row.statement:
-            statement = json.loads(row.statement)
+            statement, _ = _scan(row.statement, 0)
             meta = statement["meta"]
             lease = Lease(
                 row.service_key,
@@ -174,9 +178,9 @@ def from_row(row: Row, now: float) -> Entry[Any] | None:
                 size,
             )
         else:
-            meta = json.loads(row.meta)
+            meta, _ = _scan(row.meta, 0)
         where = place(meta)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (StopIteration, ValueError, TypeError, KeyError, RecursionError):
         return None
     if where != (row.role, row.version):
         return None
