@@ -19,7 +19,7 @@ Session = TypeVar("Session", bound=Hashable)
 
 #: What `json.loads` does without looking for white space around a text: a start does it for each
 #: entry.
-_scan = json.JSONDecoder().scan_once
+_scan = json.JSONDecoder().raw_decode
 
 #: Role, and version without build metadata.
 Place = tuple[str, str]
@@ -164,7 +164,7 @@ def from_row(row: Row, now: float) -> Entry[Any] | None:
     size = len(row.meta.encode("utf-8", "backslashreplace"))
     try:
         if row.statement:
-            statement, _ = _scan(row.statement, 0)
+            statement, _ = _scan(row.statement)
             meta = statement["meta"]
             lease = Lease(
                 row.service_key,
@@ -178,9 +178,9 @@ def from_row(row: Row, now: float) -> Entry[Any] | None:
                 size,
             )
         else:
-            meta, _ = _scan(row.meta, 0)
+            meta, _ = _scan(row.meta)
         where = place(meta)
-    except (StopIteration, ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     if where != (row.role, row.version):
         return None

@@ -283,9 +283,7 @@ async def test_news_for_the_console() -> None:
             "meta": roles.parse("a@1.0.0"),
         }
         assert news == [
-            RegistryListening(
-                REGISTRY.public_key, anybody_registers=True, anybody_queries=True
-            ),
+            RegistryListening(REGISTRY.public_key, anybody_registers=True, anybody_queries=True),
             ServiceRegistered(info),
             ServiceGone(info),
         ]
