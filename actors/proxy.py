@@ -12,7 +12,7 @@ from thespian.actors import ActorAddress
 from ..supervisor import ChildRefused, ChildStarted, StartChild
 from ..transport.errors import LocalError
 from ..transport.keys import KeyPair
-from .actor import Actor, ExitReason, handles
+from .actor import Actor, Address, ExitReason, handles
 from .attempts import CONNECT_TIMEOUT, ProxyPipe
 from .console import tell
 from .messages import (
@@ -129,6 +129,10 @@ class ProxyListener(Actor):
                 self._accepting(False)
                 self.after(PAUSE, _Resume())
                 return
+            if not cast(Address, context["pipes"]).alive:
+                # We are restarted soon; until then nobody would take it.
+                reset(client)
+                continue
             client.setblocking(False)
             self._accepted += 1
             pipe = ProxyPipe(
