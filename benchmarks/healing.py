@@ -125,7 +125,9 @@ def failover(lab: Lab, network: Network, figures: Figures, what: str, number: in
         seconds_until(answers(port, "1.2.0"))
         idle = socket.create_connection(("127.0.0.1", port))
         idle.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        idle.recv(65536)
+        said = b""
+        while not said.endswith(b"1.2.0"):
+            said += idle.recv(65536)
         processes[1].signal(signal.Signals(number))
         figures.add(what, seconds_until(answers(port, "1.1.0")))
         idle.settimeout(PATIENCE)

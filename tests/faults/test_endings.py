@@ -47,6 +47,8 @@ async def test_nothing_is_left(tmp_path: Path, count: int, memory: type[Memory] 
         for end in endings.all.values():
             for start in range(0, each, BATCH):
                 await end(min(BATCH, each - start))
+                for program in world.programs:
+                    program.runtime.journal.clear()
         await world.healed()
         await world.baseline(counts)
         await world.until(lambda: (ours() - objects).total() < OBJECTS, "objects are gone")

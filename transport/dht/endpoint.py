@@ -326,7 +326,11 @@ class Endpoint:
         self._closed = True
         if self._channels:
             for channel in list(self._channels.values()):
-                channel.abort()
+                if channel.ended:
+                    channel.abort()
+                else:
+                    # With an error: whoever has got a part must not take it for the whole.
+                    channel.fail(_closed())
             self._pump_now()
         if self._timer is not None:
             self._timer.cancel()
