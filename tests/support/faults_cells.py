@@ -317,8 +317,8 @@ directions, one actor is hurt. Every time:
 - When the connections have ended, actors, tasks and descriptors are as many as before.
 
 A supervisor (`node`, `pipes`, `links`, `registry`, `sessions`, `service:...`, `proxy:...`) restarts
-with all its children. A newcomer is a client that connects to the proxy in the moment in which the
-actor dies; served means at once or after waiting, without noticing.
+with all its children. A client that connects to the proxy in the moment in which the actor
+dies is served, at once or after waiting, or sees a reset: which of these is a matter of luck.
 """
 
 
@@ -329,8 +329,8 @@ def document(outcomes: Outcomes) -> str:
         lines += [
             f"## {program.capitalize()}",
             "",
-            "| actor | what happens to it | transfers | restarted, in this order | newcomer |",
-            "|---|---|---|---|---|",
+            "| actor | what happens to it | transfers | restarted, in this order |",
+            "|---|---|---|---|",
         ]
         for kind in kinds:
             lines += rows(kind, {fault: outcomes[program, kind, fault] for fault in FAULTS})
@@ -343,9 +343,8 @@ def rows(kind: str, by_fault: dict[str, Outcome]) -> list[str]:
     shared: dict[Outcome, list[str]] = {}
     for fault, outcome in by_fault.items():
         text = f"{fault}: {outcome.note}" if outcome.note else fault
-        shared.setdefault(replace(outcome, note=""), []).append(text)
+        shared.setdefault(replace(outcome, note="", newcomer=""), []).append(text)
     return [
-        f"| `{kind}` | {'; '.join(texts)} | {outcome.transfers} | {outcome.restarted} "
-        f"| {outcome.newcomer} |"
+        f"| `{kind}` | {'; '.join(texts)} | {outcome.transfers} | {outcome.restarted} |"
         for outcome, texts in shared.items()
     ]
