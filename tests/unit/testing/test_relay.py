@@ -169,10 +169,11 @@ def test_it_stays_on_this_machine(host: str) -> None:
     Relay((host, 1), Link(), anywhere=True)
 
 
-def command(*arguments: str) -> subprocess.Popen[str]:
+def command(place: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Started in ``place``, a directory that is not the checkout's."""
     return subprocess.Popen(
         [sys.executable, "-m", "hyperseaport.testing.relay", *arguments],
-        cwd=Path.home(),
+        cwd=place,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -180,10 +181,10 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-async def test_the_command() -> None:
+async def test_the_command(tmp_path: Path) -> None:
     async with end(echo=True) as target, end() as client:
         there = f"127.0.0.1:{target.address[1]}"
-        with command(there, "--both", "delay=0.001", "--back", "duplicate=1") as process:
+        with command(tmp_path, there, "--both", "delay=0.001", "--back", "duplicate=1") as process:
             assert process.stdout is not None
             line = await asyncio.to_thread(process.stdout.readline)
             assert line.startswith("relay listening on 127.0.0.1:")
@@ -206,8 +207,8 @@ async def test_the_command() -> None:
         (["127.0.0.1:1", "--both", "colour=blue"], "is no fault"),
     ],
 )
-def test_wrong_input_is_one_line(arguments: list[str], text: str) -> None:
-    with command(*arguments) as process:
+def test_wrong_input_is_one_line(arguments: list[str], text: str, tmp_path: Path) -> None:
+    with command(tmp_path, *arguments) as process:
         _, errors = process.communicate(timeout=SOON)
     assert process.returncode == 1
     assert text in errors
