@@ -29,7 +29,8 @@ def ids(kinds: tuple[Kind, Kind]) -> str:
 def in_every_pairing(test: Callable[..., Any]) -> Callable[..., Any]:
     pairs = pytest.mark.parametrize("pair", PAIRS, ids=ids)
     networks = pytest.mark.parametrize("network", NETWORKS, indirect=True, scope="module", ids=ids)
-    return pairs(networks(test))
+    both: Callable[..., Any] = pairs(networks(test))
+    return both
 
 
 @in_every_pairing

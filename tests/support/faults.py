@@ -211,7 +211,7 @@ class Remembering(PipeChannel):
         lost = self._lost and not self.has_protocol
         super().set_protocol(protocol)
         if lost:
-            self._loop.call_soon(protocol.connection_lost, self._error)  # type: ignore[attr-defined]
+            self._loop.call_soon(protocol.connection_lost, self._error)
 
 
 def channels(

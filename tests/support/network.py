@@ -7,7 +7,18 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .peers import DHTS, PROXIES, REGISTRIES, SERVICES, Kind, Peer, Proxy, Service, seed
+from .peers import (
+    DHTS,
+    REGISTRIES,
+    SERVICES,
+    Kind,
+    NodeProxy,
+    OurProxy,
+    Peer,
+    Proxy,
+    Service,
+    seed,
+)
 from .servers import Backend, answering
 
 
@@ -71,8 +82,11 @@ class Network:
         """
         with self._once(f"{kind} proxy for {role}, reader registry {reader_registry}") as name:
             place = self._folder(name), self.dht.bootstrap, self.registry.key
-            options = {"reader_registry": True} if reader_registry else {}
-            proxy = PROXIES[kind](*place, role=role, **options)
+            if kind == "node":
+                proxy: Proxy = NodeProxy(*place, role=role, reader_registry=reader_registry)
+            else:
+                assert not reader_registry
+                proxy = OurProxy(*place, role=role)
             self._peers.append(proxy)
             await proxy.ready()
             await answering(proxy.port)

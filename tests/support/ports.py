@@ -9,7 +9,7 @@ import socket
 #: Below the range that the kernel takes the ports of outgoing connections from, so that no client
 #: can take a port between this look and the program's bind. Parallel runs start apart.
 _candidates = itertools.cycle(
-    [20_000 + (os.getpid() * 97 + offset) % 12_000 for offset in range(12_000)]
+    [20_000 + (os.getpid() * 3989 + offset) % 12_000 for offset in range(12_000)]
 )
 
 

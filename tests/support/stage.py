@@ -121,7 +121,7 @@ class Stage:
         folder = self._place("files")
         for name, content in files.items():
             (folder / name).write_bytes(content)
-        options = ["--bind", "127.0.0.1", "--directory", folder, str(port)]
+        options = ["--bind", "127.0.0.1", "--directory", str(folder), str(port)]
         server = self.run("web server", [sys.executable, "-u", "-m", "http.server", *options])
         return int((await server.line(r"Serving HTTP on 127\.0\.0\.1 port (\d+)"))[1])
 

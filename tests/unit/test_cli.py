@@ -398,7 +398,7 @@ def test_dht_options(console: Console) -> None:
     def nodes() -> list[EndpointConfig]:
         tree = console.args("node")
         children = [child for child in tree.children if child.actor is EndpointActor]
-        return [child.args for child in children]  # type: ignore[misc]
+        return [child.args for child in children]
 
     console.accepts("dht", "--port", "40000")
     assert [node.port for node in nodes()] == [40000, 40001, 40002, 40003]

@@ -494,7 +494,9 @@ async def test_two_entries_of_one_key_may_be_plain() -> None:
     ):
         await asyncio.sleep(1)
         assert len(registry.asked("register")) == len(side.of(Registered)) == 2
-        side.runtime.stop(side.runtime.find("/client/asker"))
+        asker = side.runtime.find("/client/asker")
+        assert asker is not None
+        side.runtime.stop(asker)
         await asyncio.sleep(0.001)
         assert len(registry.asked("unregister")) == 2
 

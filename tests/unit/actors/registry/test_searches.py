@@ -110,7 +110,9 @@ async def test_what_an_unwatched_search_is_told_goes_nowhere() -> None:
         side.say(Unwatch(WANTED))
         await asyncio.sleep(1)
         registry.notify([item(signed(ONE, "a@1.0.0"))])
-        for params in (None, [], {}, {"id": 99, "services": []}, {"id": True, "services": []}):
+        known: dict[str, Any] = {"services": []}
+        nonsense: tuple[Any, ...] = (None, [], {}, {"id": 99, **known}, {"id": True, **known})
+        for params in nonsense:
             registry.sessions[0].notify(params)
         await asyncio.sleep(1)
         assert side.got == [Services(WANTED, ())]
