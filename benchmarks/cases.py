@@ -207,7 +207,7 @@ def _start(lab: Lab, contender: Contender, size: Size) -> Figures:
     started: list[Process] = []
 
     def ready(key: str, process: Process, pattern: str) -> str:
-        found = line(process, pattern)
+        found: str = line(process, pattern)
         figures[key] = time.monotonic() - begin
         return found
 

@@ -57,6 +57,8 @@ class Figures:
 class Page(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    server: http.server.ThreadingHTTPServer
+
     def do_GET(self) -> None:
         body = self.server.server_name.encode()
         self.send_response(200)
