@@ -27,11 +27,12 @@ OUTSIDE = {"benchmarks", "build", "docs", "fuzz", "node_modules", "tests", "typi
 MAY_IMPORT = {
     "cli": {"", "actors", "commands", "supervisor", "transport"},
     "commands": {"actors", "commands", "supervisor", "transport"},
-    "supervisor": {"actors.actor", "actors.messages"},
+    "supervisor": {"actors.actor", "actors.messages", "actors.supervision"},
     "actors": {"actors", "supervisor", "transport"},
     # What the supervisor stands on cannot stand on it.
     "actors.actor": {"actors", "transport"},
     "actors.messages": {"actors", "transport"},
+    "actors.supervision": {"actors.actor"},
     "transport": {"transport"},
     "testing": {"testing", "transport"},
 }
