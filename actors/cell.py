@@ -191,7 +191,8 @@ class Cell:
         # In the order of acquisition.
         self.owned: dict[Owned, None] | None = None
         self.watchers: dict[Watcher, None] | None = None
-        self.watching: dict[Cell, None] | None = None
+        # Those that live; a dead one leaves, or who watches many in turn would keep them all.
+        self.watching: dict[Address, Cell] | None = None
         # Messages sent to it and not yet delivered.
         self.pending = 0
         self.ready = False
@@ -208,6 +209,7 @@ class Cell:
         self.system.mail(self, message, sender)
 
     def down(self, address: Address, reason: ExitReason) -> None:
+        self._stop_watching(address)
         self.system.post(self, Down(address, reason), address)
 
     def own(self, close: Callable[[], object]) -> Owned:
@@ -234,13 +236,16 @@ class Cell:
         target.watchers = target.watchers or {}
         target.watchers[self] = None
         self.watching = self.watching or {}
-        self.watching[target] = None
+        self.watching[target.address] = target
 
     def unwatch(self, target: Cell) -> None:
         if target.watchers is not None:
             target.watchers.pop(self, None)
+        self._stop_watching(target.address)
+
+    def _stop_watching(self, address: Address) -> None:
         if self.watching is not None:
-            self.watching.pop(target, None)
+            self.watching.pop(address, None)
             self.watching = self.watching or None
 
     def _keep(self, owned: Owned) -> Owned:

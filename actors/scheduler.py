@@ -278,7 +278,7 @@ class Scheduler:
         siblings = self._top if cell.parent is None else cell.parent.children
         if siblings is not None:
             del siblings[cell.name]
-        for watched in cell.watching or ():
+        for watched in (cell.watching or {}).values():
             if watched.watchers is not None:
                 watched.watchers.pop(cell, None)
         cell.watching = None

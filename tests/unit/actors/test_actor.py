@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -585,6 +586,24 @@ def test_a_monitor_can_be_taken_back() -> None:
             assert journal == []
 
     run_virtual(program())
+
+
+def test_a_watcher_keeps_nothing_of_those_that_died() -> None:
+    journal: Journal = []
+
+    async def program() -> None:
+        async with ActorRuntime() as runtime:
+            watcher = runtime.spawn(Doer, journal)
+            assert isinstance(watcher.target, Cell)
+            for _ in range(3):
+                watched = runtime.spawn(Doer)
+                await runtime.call(watcher, Do(partial(Doer.monitor, address=watched)))
+                assert watcher.target.watching
+                runtime.kill(watched)
+                assert not watcher.target.watching
+
+    run_virtual(program())
+    assert len(journal) == 4  # Three times Down, and its own exit.
 
 
 def test_a_dead_watcher_is_told_nothing() -> None:
