@@ -155,7 +155,8 @@ class ChildStatus:
     state: State
     #: Seconds since its start, or since its end while it is waiting or down; 0 before its start.
     since: float
-    #: Starts after the first, whoever's failure it was.
+    #: Starts after the first, whoever's failure it was. A supervisor that was itself restarted
+    #: counts anew, as OTP's do; its own restart is in what its supervisor says of it.
     restarts: int
     #: Of its last exit that was a failure; empty when there was none.
     last_reason: str

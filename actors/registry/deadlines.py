@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Generic, Protocol, TypeVar
@@ -41,6 +42,15 @@ class Deadlines(Generic[T]):
         if len(self._heap) > 2 * self._living + SLACK:
             self._heap = [item for item in self._heap if item[0] == item[2].scheduled]
             heapify(self._heap)
+
+    def set_first(self, things: Iterable[T]) -> None:
+        """`set` for many that had none before."""
+        heap = self._heap
+        for thing in things:
+            ends = thing.scheduled = thing.ends
+            heap.append((ends, next(self._serial), thing))
+            self._living += 1
+        heapify(heap)
 
     def cancel(self, thing: T) -> None:
         if thing.scheduled != math.inf:

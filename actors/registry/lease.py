@@ -17,7 +17,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from json.encoder import encode_basestring
 from typing import Any
 
 from ...transport.errors import InvalidInput, RemoteError
@@ -49,6 +48,8 @@ CACHE_SIZE = 16_384
 BAD_VERSION = "needs to be valid semver"
 
 _VERSION = 1
+#: What takes two bytes for one in a string of JSON. Other control characters are not in JSON.
+_ESCAPED = b'"\\\n\r\t'
 _MAX_INTEGER = 2**53 - 1
 _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _INSTANCE = re.compile(r"[0-9a-f]{32}", re.ASCII)
@@ -102,7 +103,7 @@ class Lease:
     @property
     def size(self) -> int:
         """Bytes of the statement as a string in a line of JSON."""
-        return len(encode_basestring(self.text).encode()) - 2
+        return statement_size(self.text.encode())
 
 
 def sign(
@@ -230,6 +231,11 @@ class Verifier:
         if len(self._good) > self._capacity:
             self._good.popitem(last=False)
         return lease
+
+
+def statement_size(text: bytes) -> int:
+    """Bytes of a statement, which is JSON itself, as a string in a line of JSON."""
+    return 2 * len(text) - len(text.translate(None, _ESCAPED))
 
 
 def encode(value: object) -> str:

@@ -22,10 +22,20 @@ from typing import Any, Generic
 from ...transport.keys import blake2b
 from . import matching
 from .deadlines import Deadlines
-from .entries import Entry, Outcome, Place, Service, Session, from_row, place, to_row, whole_size
+from .entries import (
+    Entry,
+    Outcome,
+    Place,
+    Service,
+    Session,
+    from_record,
+    place,
+    to_row,
+    whole_size,
+)
 from .lease import MAX_SKEW, Lease, Refused
 from .roles import Meta
-from .store import Row, Store
+from .store import Record, Store
 
 #: Instances of one session: a service program has one, one that stands for many a few hundred.
 MAX_ENTRIES_PER_SESSION = 1000
@@ -42,6 +52,9 @@ MAX_PER_KEY = 1024
 MAX_RESULTS = 256
 #: Ended leases whose last sequence is remembered. Beyond it, the one to be forgotten next goes.
 MAX_BURIED = 200_000
+#: Entries out of the store, at least, that Python's collector leaves alone from then on: there is
+#: no garbage among them, and its look at 100,000 has everybody wait for a quarter of a second.
+FREEZE = 10_000
 #: Whether a version is in a range is remembered for this many pairs.
 CACHE_SIZE = 65_536
 
@@ -66,9 +79,13 @@ class _Version(Generic[Session]):
 
     def add(self, entry: Entry[Session]) -> None:
         key = entry.service_key
-        if key not in self.claims and self.order is not None:
+        claims = self.claims.get(key)
+        if claims is not None:
+            claims.append(entry)
+            return
+        self.claims[key] = [entry]
+        if self.order is not None:
             insort(self.order, key)
-        self.claims.setdefault(key, []).append(entry)
 
     def remove(self, entry: Entry[Session]) -> None:
         key = entry.service_key
@@ -157,23 +174,30 @@ class Rows(Generic[Session]):
         """Renewals that `write_renewals` would put into the store."""
         return len(self._unwritten)
 
-    def restore(self, now: float, unix: float) -> list[Row]:
+    def restore(self, now: float, unix: float) -> list[Record]:
         """Take over what the store has: each entry gets `RESTART_GRACE` seconds in which its owner
         can come back. Returns the rows that cannot be used, which are taken out of the store."""
         buried = nlargest(MAX_BURIED, self._store.buried(), key=itemgetter(2))
         for key, sequence, until in reversed(buried):
             self._buried[key] = sequence, now + min(until - unix, BURIED_FOR)
-        unusable: list[Row] = []
+        unusable: list[Record] = []
+        if gc.get_freeze_count():
+            # A table that is no more may be among it.
+            gc.unfreeze()
+            gc.collect()
         with _without_collector():
-            for row in self._store.rows():
-                entry: Entry[Session] | None = from_row(row, now)
+            for record in self._store.records():
+                entry: Entry[Session] | None = from_record(record, now)
                 if entry is None or self._entries >= MAX_ENTRIES:
-                    unusable.append(row)
+                    unusable.append(record)
                     continue
+                entry.ends = now + RESTART_GRACE
                 self._insert(entry)
-                self._schedule(entry, now + RESTART_GRACE)
-        for row in unusable:
-            self._store.remove(row)
+            self._deadlines.set_first(self)
+            if self._entries >= FREEZE:
+                gc.freeze()
+        for record in unusable:
+            self._store.remove(record[:4])
         return unusable
 
     def register(
@@ -194,7 +218,7 @@ class Rows(Generic[Session]):
             limit = 2 * MAX_PER_KEY if holder == service.key else MAX_PER_KEY
             if len(self._of_key.get(service.key, ())) >= limit:
                 raise Refused(f"{limit} registrations of this key are there already", "limit")
-            entry = Entry(service.key, holder, where, service.meta, holder, size, None, now, now)
+            entry = Entry(service.key, holder, where, service.meta, holder, size, now, now)
             self._insert(entry)
             self._store.put(to_row(entry))
             self._changed(role, version)
@@ -221,12 +245,8 @@ class Rows(Generic[Session]):
         entry = self._leased(lease.key)
         self._check_room(session, where, size, entry)
         others = [one for one in self._of_key.get(lease.key, ()) if one is not entry]
-        changed = (
-            entry is None
-            or entry.lease is None
-            or entry.lease.meta != lease.meta
-            or entry.lease.instance != lease.instance
-        )
+        before = None if entry is None else entry.lease
+        changed = before is None or before.meta != lease.meta or before.instance != lease.instance
         if entry is not None and entry.place != where:
             others.append(entry)
             entry = None
@@ -234,12 +254,20 @@ class Rows(Generic[Session]):
             self._forget(other)
         if entry is None:
             entry = Entry(
-                lease.key, lease.key, where, lease.meta, remote_key, size, lease, now, now
+                lease.key,
+                lease.key,
+                where,
+                lease,
+                remote_key,
+                size,
+                now,
+                now,
+                lease.sequence,
             )
             self._insert(entry)
         else:
             self._resize(entry, size)
-            entry.meta, entry.lease = lease.meta, lease
+            entry.say(lease)
             entry.remote_key, entry.renewed = remote_key, now
         self._hold(session, entry)
         self._schedule(entry, now + lease.ttl)
@@ -336,7 +364,7 @@ class Rows(Generic[Session]):
         latest = self._roles[role][version].move_last(entry)
         if entry.meta != meta:
             self._resize(entry, size)
-            entry.meta = meta
+            entry.say(meta)
             self._store.put(to_row(entry))
             self._changed(role, version)
         elif latest:
@@ -349,15 +377,22 @@ class Rows(Generic[Session]):
         return None if version is None else version.find(service_key, holder)
 
     def _leased(self, key: bytes) -> Entry[Session] | None:
-        return next((one for one in self._of_key.get(key, ()) if one.lease is not None), None)
+        return next((one for one in self._of_key.get(key, ()) if one.sequence is not None), None)
 
     def _insert(self, entry: Entry[Session]) -> None:
         role, version = entry.place
-        versions = self._roles.setdefault(role, {})
-        if version not in versions:
-            versions[version] = _Version()
-        versions[version].add(entry)
-        self._of_key.setdefault(entry.service_key, []).append(entry)
+        versions = self._roles.get(role)
+        if versions is None:
+            versions = self._roles[role] = {}
+        found = versions.get(version)
+        if found is None:
+            found = versions[version] = _Version()
+        found.add(entry)
+        of_key = self._of_key.get(entry.service_key)
+        if of_key is None:
+            self._of_key[entry.service_key] = [entry]
+        else:
+            of_key.append(entry)
         self._entries += 1
         self._bytes += entry.size
 
@@ -386,13 +421,13 @@ class Rows(Generic[Session]):
 
     def _forget(self, entry: Entry[Session]) -> None:
         self._remove(entry)
-        self._store.remove(to_row(entry))
+        self._store.remove((entry.service_key, entry.holder, *entry.place))
         self._changed(*entry.place)
 
     def _end(self, entry: Entry[Session], now: float, unix: float) -> None:
         self._forget(entry)
-        if entry.lease is not None:
-            self._bury(entry.service_key, entry.lease.sequence, now, unix)
+        if entry.sequence is not None:
+            self._bury(entry.service_key, entry.sequence, now, unix)
 
     def _schedule(self, entry: Entry[Session], ends: float) -> None:
         entry.ends = ends
@@ -436,16 +471,16 @@ class Rows(Generic[Session]):
         self._exhume(now)
         buried, _ = self._buried.get(key, (-1, 0.0))
         leased = self._leased(key)
-        return (
-            buried if leased is None or leased.lease is None else max(buried, leased.lease.sequence)
-        )
+        if leased is None or leased.sequence is None:
+            return buried
+        return max(buried, leased.sequence)
 
     def _bury(self, key: bytes, sequence: int, now: float, unix: float) -> None:
         last, _ = self._buried.pop(key, (-1, 0.0))
         self._buried[key] = max(last, sequence), now + BURIED_FOR
         self._store.bury(key, sequence, unix + BURIED_FOR)
         if len(self._buried) > MAX_BURIED:
-            self._buried.popitem(last=False)
+            self._store.forget(self._buried.popitem(last=False)[0])
 
     def _exhume(self, now: float) -> None:
         while self._buried:

@@ -34,7 +34,7 @@ APPLICATION_ID = 0x48535052
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         # Texts are UTF-8 in blobs: what JSON can say, unpaired surrogates included, fits in there.
-        # `record` is `_RECORD`, meta, signature, statement: a column each would make reading a
+        # `record` is `HEAD`, meta, signature, statement: a column each would make reading a
         # third slower. `checksum` finds what SQLite does not: bytes that changed inside a value.
         """CREATE TABLE service (
             service_key BLOB NOT NULL, holder BLOB NOT NULL, role BLOB NOT NULL,
@@ -54,22 +54,33 @@ MAX_INTEGER = 2**63 - 1
 #: Bytes of the write-ahead log that stay on the disk when a large batch has been moved into the
 #: database: SQLite moves it at 1,000 pages, 4 MiB.
 MAX_IDLE_LOG = 8 * 1024 * 1024
+#: How a record begins: sequence, issued, ttl, bytes of the meta object, bytes of the signature (0
+#: for a plain registration).
+HEAD = struct.Struct("<qqdIB")
 
 _KEY = 32
 _SIGNATURE = 64
 # The parts of a database's first 100 bytes that tell whose it is (SQLite file format, 1.3).
 _HEADER = struct.Struct(">16s44xI4xI28x")
 _MAGIC = b"SQLite format 3\0"
-#: Sequence, issued, ttl, bytes of the meta object, bytes of the signature.
-_RECORD = struct.Struct("<qqdIB")
 _GRAVE = struct.Struct("<qd")
 
 _PUT = "INSERT OR REPLACE INTO service VALUES (?, ?, ?, ?, ?, ?)"
 _REMOVE = "DELETE FROM service WHERE (service_key, holder, role, version) = (?, ?, ?, ?)"
 _BURY = "INSERT OR REPLACE INTO buried VALUES (?, ?, ?, ?)"
 _EXHUME = "DELETE FROM buried WHERE until <= ?"
-_ROWS = "SELECT * FROM service"
+_FORGET = "DELETE FROM buried WHERE service_key = ?"
+# Of most rows both keys are the same, which is not read twice.
+_ROWS = """SELECT service_key, nullif(holder, service_key), role, version, record, checksum
+    FROM service"""
 _BURIED = "SELECT * FROM buried"
+
+
+#: Service key, holder, role, version: what tells rows apart.
+Place = tuple[bytes, bytes, str, str]
+#: A row as it lies in the file, as a start has all of them and needs little of each: its place, and
+#: `HEAD`, meta, signature and statement in one.
+Record = tuple[bytes, bytes, str, str, bytes]
 
 
 class _Changed(Exception):
@@ -85,8 +96,6 @@ class CommitFailed(StoreError):
     still has it: `commit` may be called again."""
 
 
-# Not frozen, though nobody changes one: a frozen one takes five times as long to make, and a start
-# makes all of them.
 @dataclass(slots=True, unsafe_hash=True)
 class Row:
     """A service as one holder registered it. The first four fields tell rows apart."""
@@ -108,11 +117,15 @@ class Row:
     #: Seconds.
     ttl: float = 0.0
 
+    @property
+    def place(self) -> Place:
+        return self.service_key, self.holder, self.role, self.version
+
 
 class Store:
     """Rows, and the highest sequence of keys that have none: "buried" ones.
 
-    `rows` and `buried` tell what has been committed. One store uses a file at a time: it holds a
+    `records` and `buried` tell what has been committed. One store uses a file at a time: it holds a
     lock until `close` or its process's end, however that comes.
     """
 
@@ -126,8 +139,9 @@ class Store:
         self._path = path if path is None else Path(os.path.realpath(path))
         self._clock = clock
         # None for a row that goes. Bounded by who calls `commit`: one change a row.
-        self._changes: dict[tuple[bytes, bytes, str, str], Row | None] = {}
-        self._graves: dict[bytes, tuple[int, float]] = {}
+        self._changes: dict[Place, Row | None] = {}
+        # None for one that goes.
+        self._graves: dict[bytes, tuple[int, float] | None] = {}
         self._opened = contextlib.ExitStack()
         self._db: sqlite3.Connection | None = None
         if self._path is None:
@@ -138,31 +152,19 @@ class Store:
             opened.callback(self._db.close)
             self._opened = opened.pop_all()
 
-    def rows(self) -> Iterator[Row]:
+    def records(self) -> Iterator[Record]:
         """All rows, in no particular order. Raises StoreError: the file turns out damaged, and has
         been closed."""
-        with self._reading(_ROWS) as records:
-            for key, holder, role, version, record, checksum in records:
-                _check(checksum, key, holder, role, version, record)
-                sequence, issued, ttl, meta_size, signature_size = _RECORD.unpack_from(record)
-                signature = _RECORD.size + meta_size
-                statement = signature + signature_size
-                yield Row(
-                    key,
-                    holder,
-                    role.decode("utf-8", "surrogatepass"),
-                    version.decode("utf-8", "surrogatepass"),
-                    record[_RECORD.size : signature].decode("utf-8", "surrogatepass"),
-                    record[statement:].decode("utf-8", "surrogatepass"),
-                    record[signature:statement],
-                    sequence,
-                    issued,
-                    ttl,
-                )
+        texts = _Texts()
+        with self._reading(_ROWS) as rows:
+            for key, other, role, version, content, checksum in rows:
+                holder = key if other is None else other
+                _check(checksum, key, holder, role, version, content)
+                yield key, holder, texts[role], texts[version], content
 
     def buried(self) -> Iterator[tuple[bytes, int, float]]:
         """Key, sequence and end (Unix seconds) of those whose end has not come. Raises StoreError:
-        as `rows`."""
+        as `records`."""
         now = self._clock()
         with self._reading(_BURIED) as records:
             for key, sequence, until, checksum in records:
@@ -180,12 +182,12 @@ class Store:
         _check_integer(row.sequence)
         _check_integer(row.issued)
         if self._path is not None:
-            self._changes[_place(row)] = row
+            self._changes[row.place] = row
 
-    def remove(self, row: Row) -> None:
-        """Take out the row with these four first fields, if there is one, at the next commit."""
+    def remove(self, place: Place) -> None:
+        """Take out the row that is there, if there is one, at the next commit."""
         if self._path is not None:
-            self._changes[_place(row)] = None
+            self._changes[place] = None
 
     def bury(self, key: bytes, sequence: int, until: float) -> None:
         """Remember a key's highest sequence until then (Unix seconds), at the next commit. A
@@ -194,8 +196,13 @@ class Store:
             raise InvalidInput(f"a key has {_KEY} bytes, its end is finite")
         _check_integer(sequence)
         if self._path is not None:
-            before = self._graves.get(key, (0, 0.0))
+            before = self._graves.get(key) or (0, 0.0)
             self._graves[key] = max(sequence, before[0]), max(until, before[1])
+
+    def forget(self, key: bytes) -> None:
+        """Take out a buried key, if it is there, at the next commit."""
+        if self._path is not None:
+            self._graves[key] = None
 
     def commit(self) -> None:
         """Make what has changed since the last commit durable against ``kill -9``: all of it in
@@ -240,15 +247,10 @@ class Store:
         if here:
             db.executemany(_PUT, map(_values, here))
         if self._graves:
+            graves = sorted(self._graves.items())
             db.execute(_EXHUME, (self._clock(),))
-            db.executemany(_BURY, [self._grave(db, key) for key in sorted(self._graves)])
-
-    def _grave(self, db: sqlite3.Connection, key: bytes) -> tuple[Any, ...]:
-        sequence, until = self._graves[key]
-        known = db.execute("SELECT sequence, until FROM buried WHERE service_key = ?", (key,))
-        for old_sequence, old_until in known:
-            sequence, until = max(sequence, old_sequence), max(until, old_until)
-        return key, sequence, until, crc32(key + _numbers(sequence, until))
+            db.executemany(_FORGET, [(key,) for key, grave in graves if grave is None])
+            db.executemany(_BURY, [_grave(db, key, *grave) for key, grave in graves if grave])
 
     @contextlib.contextmanager
     def _reading(self, query: str) -> Iterator[Iterable[Any]]:
@@ -422,17 +424,44 @@ def _damaged(path: Path | None, what: str) -> StoreError:
     )
 
 
-def _place(row: Row) -> tuple[bytes, bytes, str, str]:
-    return row.service_key, row.holder, row.role, row.version
+def packed(row: Row) -> Record:
+    meta, statement = _encoded(row.meta), _encoded(row.statement)
+    head = HEAD.pack(row.sequence, row.issued, row.ttl, len(meta), len(row.signature))
+    return *row.place, b"".join((head, meta, row.signature, statement))
+
+
+def unpacked(record: Record) -> Row:
+    key, holder, role, version, content = record
+    sequence, issued, ttl, meta_size, signature_size = HEAD.unpack_from(content)
+    signature = HEAD.size + meta_size
+    statement = signature + signature_size
+    return Row(
+        key,
+        holder,
+        role,
+        version,
+        _decoded(content[HEAD.size : signature]),
+        _decoded(content[statement:]),
+        content[signature:statement],
+        sequence,
+        issued,
+        ttl,
+    )
 
 
 def _values(row: Row) -> tuple[Any, ...]:
     """In the order of the columns."""
-    role, version, meta, statement = map(_encoded, (row.role, row.version, row.meta, row.statement))
-    head = _RECORD.pack(row.sequence, row.issued, row.ttl, len(meta), len(row.signature))
-    record = b"".join((head, meta, row.signature, statement))
-    values = (row.service_key, row.holder, role, version, record)
+    role, version = map(_encoded, (row.role, row.version))
+    values = (row.service_key, row.holder, role, version, packed(row)[-1])
     return *values, crc32(b"".join(values))
+
+
+def _grave(db: sqlite3.Connection, key: bytes, sequence: int, until: float) -> tuple[Any, ...]:
+    """In the order of the columns; with what is known already, if that is more."""
+    known = db.execute("SELECT sequence, until FROM buried WHERE service_key = ?", (key,))
+    for old_sequence, old_until in known:
+        sequence, until = max(sequence, old_sequence), max(until, old_until)
+    return key, sequence, until, crc32(key + _numbers(sequence, until))
 
 
 def _check(checksum: int, *blobs: bytes) -> None:
@@ -453,3 +482,15 @@ def _numbers(sequence: int, until: float) -> bytes:
 
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
+
+
+class _Texts(dict[bytes, str]):
+    """Roles and versions: many rows have the same, and share it."""
+
+    def __missing__(self, data: bytes) -> str:
+        text = self[data] = _decoded(data)
+        return text
+
+
+def _decoded(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")

@@ -140,8 +140,8 @@ class TableActor(Actor):
 
     def _restore(self) -> None:
         unusable = self._rows.restore(self.now, self._clock())
-        for row in unusable:
-            self.log.warning("row.unusable", service=row.service_key.hex(), role=row.role)
+        for key, _, role, _, _ in unusable:
+            self.log.warning("row.unusable", service=key.hex(), role=role)
         if unusable:
             self._commit()
         self.log.info("table.restored", entries=len(self._rows))

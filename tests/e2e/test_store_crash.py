@@ -16,7 +16,7 @@ from support import store_writer
 from support.store_writer import UNTIL, Change
 
 import hyperseaport
-from hyperseaport.actors.registry.store import Row, Store
+from hyperseaport.actors.registry.store import Row, Store, unpacked
 
 #: Chains of kills, which run at once; the file that one writer leaves is the next one's.
 CHAINS = 3
@@ -96,7 +96,7 @@ def apply(state: State, batch: Iterable[Change]) -> None:
 
 def read(file: Path) -> State:
     with contextlib.closing(Store(file)) as store:
-        rows = {(row.service_key, row.holder, row.role, row.version): row for row in store.rows()}
+        rows = {record[:4]: unpacked(record) for record in store.records()}
         buried = {}
         for key, sequence, until in store.buried():
             assert until == UNTIL

@@ -9,7 +9,7 @@ from hyperseaport.actors.registry import lease, roles
 from hyperseaport.actors.registry.entries import Service
 from hyperseaport.actors.registry.lease import check_meta
 from hyperseaport.actors.registry.rows import Rows
-from hyperseaport.actors.registry.store import Row
+from hyperseaport.actors.registry.store import Place, Record, Row, packed
 from hyperseaport.transport.keys import KeyPair
 
 #: Unix seconds at which the clock of the rows shows 0.
@@ -21,27 +21,30 @@ class MemoryStore:
     """Keeps what is put into it, at once."""
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[bytes, bytes, str, str], Row] = {}
+        self.kept: dict[Place, Row] = {}
         self.graves: dict[bytes, tuple[int, float]] = {}
         self.writes = 0
 
-    def rows(self) -> Iterator[Row]:
-        return iter([*self.kept.values()])
+    def records(self) -> Iterator[Record]:
+        return map(packed, [*self.kept.values()])
 
     def buried(self) -> Iterator[tuple[bytes, int, float]]:
         return iter([(key, *grave) for key, grave in self.graves.items()])
 
     def put(self, row: Row) -> None:
         self.writes += 1
-        self.kept[row.service_key, row.holder, row.role, row.version] = row
+        self.kept[row.place] = row
 
-    def remove(self, row: Row) -> None:
+    def remove(self, place: Place) -> None:
         self.writes += 1
-        self.kept.pop((row.service_key, row.holder, row.role, row.version), None)
+        self.kept.pop(place, None)
 
     def bury(self, key: bytes, sequence: int, until: float) -> None:
         last, _ = self.graves.get(key, (0, 0.0))
         self.graves[key] = max(last, sequence), until
+
+    def forget(self, key: bytes) -> None:
+        self.graves.pop(key, None)
 
 
 class Table:
@@ -57,7 +60,7 @@ class Table:
     def unix(self) -> float:
         return EPOCH + self.now
 
-    def restore(self) -> list[Row]:
+    def restore(self) -> list[Record]:
         return self.rows.restore(self.now, self.unix)
 
     def register(self, session: Any, role: Any, key: bytes, remote: bytes) -> Any:

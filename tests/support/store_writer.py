@@ -53,7 +53,7 @@ def main(package: str) -> None:
                 if action == "put":
                     store.put(row)
                 elif action == "remove":
-                    store.remove(row)
+                    store.remove(row.place)
                 else:
                     store.bury(key, sequence, UNTIL)
             store.commit()

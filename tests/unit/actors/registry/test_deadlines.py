@@ -73,3 +73,15 @@ def test_agrees_with_a_model(steps: Any) -> None:
         if model:
             assert first is None or first <= min(model.values())
             assert first is not None or min(model.values()) == math.inf
+
+
+def test_many_at_first() -> None:
+    deadlines: Deadlines[Thing] = Deadlines()
+    things = [Thing(ends=ends) for ends in (3.0, 1.0, 2.0)]
+    deadlines.set_first(things)
+    assert deadlines.first() == 1.0
+    things[1].ends = 5.0
+    deadlines.cancel(things[2])
+    assert deadlines.pop(4.0) == [things[0]]
+    assert deadlines.pop(5.0) == [things[1]]
+    assert deadlines.first() is None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -365,6 +366,7 @@ def test_the_memory_of_sequences_is_bounded(monkeypatch: Any) -> None:
     table.lease("s", "a@1.0.0", KEYS, 5, ttl=0)
     table.now = 1.0
     table.lease("s", "a@1.0.0", OTHER, 5, ttl=0)
+    assert list(table.store.graves) == [OTHER.public_key]
     for each in (table, Table(table.store)):
         if each is not table:
             each.restore()
@@ -449,26 +451,66 @@ def test_what_was_kept_comes_back_and_its_owners_have_a_while() -> None:
 def test_rows_that_are_none_are_taken_out() -> None:
     good = Table()
     good.register("s", "a@1.0.0", KEY_A, ONE)
-    good.lease("s", "a@1.0.0", KEYS, 5)
-    plain, leased = good.store.kept.values()
+    plain = good.store.kept[KEY_A, ONE, "a", "1.0.0"]
     store = MemoryStore()
-    for number, bad in enumerate(
-        [
-            {"meta": "{"},
-            {"meta": "[]"},
-            {"meta": "{}"},
-            {"meta": '{"role":"b","version":"1.0.0"}'},
-            {"statement": "{}"},
-        ]
-    ):
-        row = leased if "statement" in bad else plain
-        values = {name: getattr(row, name) for name in row.__slots__}
-        store.put(type(row)(**(values | {"service_key": bytes([number]) * 32} | bad)))
-    store.put(leased)
+    for role in ("", "a" * 1025):
+        store.put(replace(plain, role=role))
+    for version in ("1", "v1.0.0"):
+        store.put(replace(plain, version=version))
+    store.put(plain)
     table = Table(store)
-    assert len(table.restore()) == 5
-    assert list(store.kept.values()) == [leased]
+    assert len(table.restore()) == 4
+    assert list(store.kept.values()) == [plain]
     assert len(table.rows) == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"meta": "{"},
+        {"meta": "[]"},
+        {"meta": "{}"},
+        {"meta": '{"role":"b","version":"1.0.0"}'},
+        {"statement": "{}"},
+        {"statement": "["},
+    ],
+)
+def test_a_row_that_cannot_be_read_says_only_where_it_is(bad: dict[str, Any]) -> None:
+    good = Table()
+    if "statement" in bad:
+        good.lease("s", "a@1.0.0", KEYS, 5)
+    else:
+        good.register("s", "a@1.0.0", KEYS.public_key, KEYS.public_key)
+    store = MemoryStore()
+    store.put(replace(*good.store.kept.values(), **bad))
+    table = Table(store)
+    assert table.restore() == []
+    (entry,) = table.query("a")
+    assert entry.meta == {"role": "a", "version": "1.0.0"}
+    assert "verified" not in entry.details
+    # Its owner says the rest anew, and of a lease nobody repeats what it has said.
+    if "statement" in bad:
+        with pytest.raises(Refused, match="stale"):
+            table.lease("s", "a@1.0.0", KEYS, 5)
+    table.lease("s", "a@1.0.0", KEYS, 6)
+    (entry,) = table.query("a")
+    assert entry.details["verified"] is True
+    assert entry.meta["tags"] == []
+
+
+def test_an_unread_row_takes_as_much_room_as_a_read_one() -> None:
+    before = Table()
+    odd = {"role": "a", "version": "1.0.0", "x": '"\\\n\tä\U0001f600'}
+    before.register("s", odd, KEY_A, ONE)
+    before.lease("s", odd, KEYS, 5)
+    table = Table(before.store)
+    table.restore()
+    assert [entry.size for entry in table.rows] == [entry.size for entry in before.rows]
+    # What JSON can say and UTF-8 cannot may count for more.
+    before.register("s", odd | {"x": "\ud800"}, KEY_A, ONE)
+    table = Table(before.store)
+    table.restore()
+    assert next(iter(table.rows)).size >= next(iter(before.rows)).size
 
 
 def test_renewals_are_written_when_asked() -> None:

@@ -29,6 +29,7 @@ from hyperseaport.actors.registry.store import (
     Row,
     Store,
     StoreError,
+    unpacked,
 )
 from hyperseaport.transport.errors import Closed, InvalidInput, LocalError
 
@@ -62,7 +63,7 @@ def fill(path: Path, *rows: Row) -> None:
 
 def kept(path: Path) -> set[Row]:
     with opened(path) as store:
-        return set(store.rows())
+        return set(map(unpacked, store.records()))
 
 
 def graves(path: Path, now: float = NOW) -> set[tuple[bytes, int, float]]:
@@ -72,7 +73,7 @@ def graves(path: Path, now: float = NOW) -> set[tuple[bytes, int, float]]:
 
 def read(path: Path) -> tuple[set[Row], set[tuple[bytes, int, float]]]:
     with opened(path) as store:
-        return set(store.rows()), set(store.buried())
+        return set(map(unpacked, store.records())), set(store.buried())
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -119,7 +120,7 @@ def killed(path: Path, code: str) -> None:
 
 def test_a_new_store_is_empty(path: Path) -> None:
     with opened(path) as store:
-        assert list(store.rows()) == []
+        assert list(store.records()) == []
         assert list(store.buried()) == []
 
 
@@ -127,7 +128,7 @@ def test_rows_come_back(path: Path) -> None:
     fill(path, LEASE, PLAIN, OTHER)
     assert kept(path) == {LEASE, PLAIN, OTHER}
     with opened(path) as store:
-        (lease,) = (row for row in store.rows() if row.statement)
+        (lease,) = (each for each in map(unpacked, store.records()) if each.statement)
     assert lease == LEASE
     assert (type(lease.signature), type(lease.sequence), type(lease.ttl)) == (bytes, int, float)
 
@@ -143,8 +144,8 @@ def test_the_first_four_fields_tell_rows_apart(path: Path) -> None:
 def test_removed_rows_are_gone(path: Path) -> None:
     fill(path, LEASE, PLAIN, OTHER)
     with opened(path) as store:
-        store.remove(Row(KEY_B, KEY_C, "web", "1.0.0", "whatever"))
-        store.remove(Row(KEY_C, KEY_C, "nobody", "1.0.0", "{}"))
+        store.remove((KEY_B, KEY_C, "web", "1.0.0"))
+        store.remove((KEY_C, KEY_C, "nobody", "1.0.0"))
         store.commit()
     assert kept(path) == {LEASE, OTHER}
 
@@ -152,8 +153,8 @@ def test_removed_rows_are_gone(path: Path) -> None:
 def test_the_last_change_of_a_row_counts(path: Path) -> None:
     with opened(path) as store:
         store.put(LEASE)
-        store.remove(LEASE)
-        store.remove(PLAIN)
+        store.remove(LEASE.place)
+        store.remove(PLAIN.place)
         store.put(PLAIN)
         store.commit()
     assert kept(path) == {PLAIN}
@@ -163,7 +164,7 @@ def test_what_is_not_committed_is_neither_told_nor_kept(path: Path) -> None:
     with opened(path) as store:
         store.put(LEASE)
         store.bury(KEY_A, 1, NOW + 10)
-        assert list(store.rows()) == []
+        assert list(store.records()) == []
         assert list(store.buried()) == []
     assert kept(path) == set()
     assert graves(path) == set()
@@ -193,6 +194,24 @@ def test_buried_keys_come_back_until_their_end(path: Path) -> None:
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one commit", "two commits"])
+def test_a_buried_key_can_be_forgotten(path: Path, apart: bool) -> None:
+    with opened(path) as store:
+        store.bury(KEY_A, 3, NOW + 10)
+        store.bury(KEY_B, 4, NOW + 10)
+        if apart:
+            store.commit()
+        store.forget(KEY_A)
+        store.forget(KEY_C)
+        store.commit()
+        assert set(store.buried()) == {(KEY_B, 4, NOW + 10)}
+        # It can be buried again, by whatever number.
+        store.forget(KEY_B)
+        store.bury(KEY_A, 1, NOW + 10)
+        store.commit()
+    assert graves(path) == {(KEY_A, 1, NOW + 10)}
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one commit", "two commits"])
 def test_the_highest_sequence_and_the_latest_end_stay(path: Path, apart: bool) -> None:
     with opened(path) as store:
         store.bury(KEY_A, 9, NOW + 10)
@@ -206,10 +225,10 @@ def test_the_highest_sequence_and_the_latest_end_stay(path: Path, apart: bool) -
 def test_without_a_path_nothing_is_kept() -> None:
     with opened(None) as store:
         store.put(LEASE)
-        store.remove(PLAIN)
+        store.remove(PLAIN.place)
         store.bury(KEY_A, 1, NOW + 10)
         store.commit()
-        assert list(store.rows()) == []
+        assert list(store.records()) == []
         assert list(store.buried()) == []
 
 
@@ -250,7 +269,7 @@ def test_rows_that_do_not_fit_are_refused_when_they_are_put(path: Path, row: Row
         with pytest.raises(InvalidInput):
             store.put(row)
         store.commit()
-        assert list(store.rows()) == []
+        assert list(store.records()) == []
 
 
 @pytest.mark.parametrize(
@@ -268,7 +287,7 @@ def test_a_closed_store_says_so(path: Path) -> None:
         with pytest.raises(Closed):
             store.commit()
         with pytest.raises(Closed):
-            next(store.rows())
+            next(store.records())
 
 
 # The file.
@@ -609,18 +628,18 @@ def test_a_failed_commit_leaves_nothing_and_can_be_repeated(
             for _ in range(2):
                 store.put(large)
                 store.put(PLAIN)
-                store.remove(LEASE)
+                store.remove(LEASE.place)
                 store.bury(KEY_A, 1, NOW + 10)
                 with pytest.raises(CommitFailed, match=words) as caught:
                     store.commit()
                 assert isinstance(caught.value, LocalError)
                 assert str(path) in str(caught.value)
-                assert set(store.rows()) == {LEASE}
+                assert set(map(unpacked, store.records())) == {LEASE}
                 assert list(store.buried()) == []
         finally:
             unlimit()
         store.commit()
-        assert set(store.rows()) == {large, PLAIN}
+        assert set(map(unpacked, store.records())) == {large, PLAIN}
     assert kept(path) == {large, PLAIN}
     assert graves(path) == {(KEY_A, 1, NOW + 10)}
 

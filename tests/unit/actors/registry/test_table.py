@@ -22,7 +22,7 @@ from hyperseaport.actors.messages import (
     TableRequest,
 )
 from hyperseaport.actors.registry import lease, roles, rows, table
-from hyperseaport.actors.registry.store import CommitFailed, Store
+from hyperseaport.actors.registry.store import CommitFailed, Store, unpacked
 from hyperseaport.actors.registry.table import Counted, TableActor, TableArgs, TableNotice
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.transport.errors import LocalError
@@ -321,7 +321,7 @@ async def test_bad_leases_are_refused_counted_and_never_stored(tmp_path: Any) ->
             await session.ask("register", params("a@1.0.0", KEYS.public_key.hex()))
         assert await stage.counter("refused.leased") == 1
     store = Store(path)
-    assert [row.sequence for row in store.rows()] == [5]
+    assert [unpacked(record).sequence for record in store.records()] == [5]
     store.close()
 
 
@@ -501,7 +501,7 @@ async def test_the_end_of_the_registry_is_not_that_of_its_services(tmp_path: Any
         await session.ask("lease", statement("a@1.0.0", 6))
         await session.end(ExitReason("shutdown", normal=True))
     store = Store(path)
-    assert [row.sequence for row in store.rows()] == [6]
+    assert [unpacked(record).sequence for record in store.records()] == [6]
     store.close()
 
 
@@ -570,7 +570,7 @@ async def test_many_renewals_are_written_in_pieces(
         assert counting.commits - before == 3
         stage.runtime.kill("/table")
     store = Store(tmp_path / "table")
-    assert [row.sequence for row in store.rows()] == [2] * 5
+    assert [unpacked(record).sequence for record in store.records()] == [2] * 5
     store.close()
 
 
@@ -589,7 +589,7 @@ async def test_what_cannot_be_written_is_refused_and_tried_again(
         assert await stage.counter("store.failed") == 1
         stage.runtime.kill("/table")
     store = Store(tmp_path / "table")
-    assert len([*store.rows()]) == 1
+    assert len([*store.records()]) == 1
     store.close()
 
 
