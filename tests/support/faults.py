@@ -257,6 +257,10 @@ class Memory:
         return replace(spec, children=tuple(map(adapted, spec.children)))
 
 
+def _has(program: Program, pipes: int) -> bool:
+    return program.count("/root/node/pipes") == pipes
+
+
 class Counts(NamedTuple):
     actors: int
     tasks: int
@@ -374,10 +378,7 @@ class World:
         await self.until(self._known, "the service is registered and known")
         count = len(self.transfers.open)
         for program in (self.service, self.proxy):
-            await self.until(
-                lambda program=program: program.count("/root/node/pipes") == count,
-                f"the {program.name} has {count} pipes",
-            )
+            await self.until(partial(_has, program, count), f"the {program.name} has {count} pipes")
         await self.until(
             lambda: self.registry.count("/root/node/registry/sessions") == len(self.programs) - 1,
             "the registry has a session for each client",
@@ -459,17 +460,19 @@ class World:
             each.judge()
             assert each.level
             each.client.end()
-        await self.until(lambda: all(each.server.ended for each in ending), "the clients' ends")
+        await self.until(
+            lambda: all(each.servers[-1].ended for each in ending), "the clients' ends"
+        )
         for each in ending:
-            each.server.end()
+            each.servers[-1].end()
         await self.until(lambda: all(each.client.ended for each in ending), "the services' ends")
         for each in ending:
-            for end in (each.client, each.server):
+            for end in (each.client, each.servers[-1]):
                 end.transport.close()
         await self.until(lambda: all(each.dead for each in ending), "the ends are closed")
         for each in ending:
             assert each.level
-            assert (each.client.error, each.server.error) == (None, None)
+            assert (each.client.error, each.servers[-1].error) == (None, None)
             self.transfers.forget(each)
 
 

@@ -22,14 +22,11 @@ class End(asyncio.Protocol):
     """One end of a transfer: sends what it is asked to, and compares what it gets with what it
     should get. Its first bytes are the transfer's number, if it is a client's."""
 
-    def __init__(
-        self,
-        changed: Callable[[], None],
-        number: int | None = None,
-        patient: Callable[[], bool] = lambda: True,
-    ) -> None:
+    def __init__(self, changed: Callable[[], None], number: int | None = None) -> None:
         self._changed = changed
-        self._patient = patient
+        #: Keeps its direction open when the other end has ended; health checks come and go without
+        #: a word.
+        self.patient = number is not None
         self.number = number
         self.is_client = number is not None
         self.transport: asyncio.Transport
@@ -88,8 +85,7 @@ class End(asyncio.Protocol):
     def eof_received(self) -> bool:
         self.ended = True
         self._changed()
-        # Health checks come and go without a word.
-        return self.number is not None and self._patient()
+        return self.patient
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -106,10 +102,33 @@ class End(asyncio.Protocol):
 class Transfer:
     """Both ends. The service's is known once the client's number has arrived there."""
 
-    def __init__(self, client: End) -> None:
-        self.client = client
+    def __init__(self, number: int, changed: Callable[[], None]) -> None:
+        self._all_changed = changed
+        self._change = asyncio.Event()
+        self.client = End(self.changed, number)
+        #: The service keeps its direction open when its client has ended.
+        self.patient = True
         #: Each one that the client was joined with; all but the last were given up for it.
         self.servers: list[End] = []
+
+    def changed(self) -> None:
+        self._change.set()
+        self._all_changed()
+
+    async def until(self, condition: Callable[[], bool], what: str, within: float) -> None:
+        """Fails if it is not so within seconds."""
+        try:
+            async with asyncio.timeout(within):
+                while not condition():
+                    self._change.clear()
+                    await self._change.wait()
+        except TimeoutError:
+            raise AssertionError(f"{what}: not so within {within:g} s") from None
+
+    def joined(self, server: End) -> None:
+        """A connection of the service turned out to be this one's."""
+        server.patient = self.patient
+        self.servers.append(server)
 
     @property
     def server(self) -> End | None:
@@ -173,12 +192,9 @@ class Transfers:
         self._server: asyncio.Server
         self._count = 0
         self._by_number: dict[int, Transfer] = {}
-        self._strangers: set[End] = set()
         self.open: list[Transfer] = []
         #: TCP port of the service.
         self.port = 0
-        #: The service keeps its direction open when its client has ended.
-        self.patient = True
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -192,28 +208,27 @@ class Transfers:
                 end.transport.abort()
 
     def _accept(self) -> End:
-        end = End(self._came, patient=lambda: self.patient)
-        self._strangers.add(end)
-        return end
-
-    def _came(self) -> None:
-        for end in [each for each in self._strangers if each.number is not None or each.lost]:
-            self._strangers.discard(end)
+        def came() -> None:
             transfer = self._by_number.get(-1 if end.number is None else end.number)
-            if transfer is not None:
-                transfer.servers.append(end)
-        self._changed()
+            if transfer is None:
+                self._changed()
+                return
+            if end not in transfer.servers:
+                transfer.joined(end)
+            transfer.changed()
+
+        end = End(came)
+        return end
 
     async def connect(self, through: int | socket.socket) -> Transfer:
         """A client of the proxy on this port, or one that is connected already."""
         loop = asyncio.get_running_loop()
         self._count += 1
-        end = End(self._changed, self._count)
-        transfer = self._by_number[self._count] = Transfer(end)
+        transfer = self._by_number[self._count] = Transfer(self._count, self._changed)
         if isinstance(through, int):
-            await loop.create_connection(lambda: end, "127.0.0.1", through)
+            await loop.create_connection(lambda: transfer.client, "127.0.0.1", through)
         else:
-            await loop.create_connection(lambda: end, sock=through)
+            await loop.create_connection(lambda: transfer.client, sock=through)
         return transfer
 
     def forget(self, transfer: Transfer) -> None:
