@@ -144,6 +144,8 @@ def registry(
     help="Key of a client that may connect; repeatable. A file has one key a line. Without it, "
     "everybody may.",
 )
+@options.relay_through
+@options.allow_relay
 @click.option(
     "--health-check",
     metavar="tcp|http:PATH",
@@ -173,6 +175,8 @@ def service(
     tags: tuple[str, ...],
     metadata: tuple[str, ...],
     allow: frozenset[bytes] | None,
+    relay_through: tuple[bytes, ...],
+    allow_relays: frozenset[bytes] | None,
     health_check: str | None,
     health_interval: float,
     health_threshold: int,
@@ -198,6 +202,8 @@ def service(
         port=port,
         key_pair=options.key_pair(seed, seed_file),
         allow=allow,
+        relay_through=relay_through,
+        allow_relays=allow_relays,
         show=news.service(_print),
         tags=tags,
         metadata=options.pairs(metadata),
@@ -236,6 +242,7 @@ def service(
     is_flag=True,
     help="Use only services that have signed their registration with their own key.",
 )
+@options.relay_through
 @options.seed
 @options.network
 def proxy(
@@ -247,6 +254,7 @@ def proxy(
     connect_timeout: float,
     no_wait: bool,
     verified_only: bool,
+    relay_through: tuple[bytes, ...],
     seed: bytes | None,
     seed_file: str | None,
     **network: Any,
@@ -266,7 +274,68 @@ def proxy(
         connect_timeout=connect_timeout,
         wait=not no_wait,
         verified_only=verified_only,
+        relay_through=relay_through,
         control=options.control("proxy", network, role=role, port=port),
+    )
+    _serve(tree)
+
+
+@cli.command()
+@options.seed
+@click.option(
+    "--allow",
+    metavar="KEY|FILE",
+    multiple=True,
+    callback=options.keys_or_files("key"),
+    help="Key that may use the relay; repeatable. A file has one key a line. Without it, everybody "
+    "may who knows the relay's key.",
+)
+@click.option(
+    "--max-sessions",
+    type=click.IntRange(1, 10_000),
+    default=options.RELAY_SESSIONS,
+    show_default=True,
+    help="Sessions that each key may have at a time. A Node program has one for each connection "
+    "through the relay, ours one for all.",
+)
+@click.option(
+    "--max-rate",
+    type=click.IntRange(1024),
+    default=options.RELAY_RATE,
+    show_default=True,
+    metavar="BYTES/S",
+    help="What the relay passes on for each key; it drops what exceeds that.",
+)
+@options.network
+def relay(
+    seed: bytes | None,
+    seed_file: str | None,
+    allow: frozenset[bytes] | None,
+    max_sessions: int,
+    max_rate: int,
+    **network: Any,
+) -> None:
+    """Relay connections of those who cannot reach each other, under the key of a seed. The relay
+    cannot read them."""
+    endpoint = options.endpoint(network)
+    pair = options.key_pair(seed, seed_file)
+    if pair is None:
+        raise InvalidInput(
+            "a relay needs a seed: give --seed-file FILE, HYPERSEAPORT_SEED or --seed HEX "
+            "(hyperseaport seed makes one)"
+        )
+    from .actors import deployment, news
+    from .transport.dht.relay_server import RelayLimits
+
+    tree = deployment.relay_tree(
+        endpoint,
+        pair,
+        news.relay(_print),
+        limits=RelayLimits(sessions_per_key=max_sessions, rate=max_rate),
+        allow=allow,
+        control=options.control(
+            "relay", network, key=str(pair), max_sessions=max_sessions, max_rate=max_rate
+        ),
     )
     _serve(tree)
 
@@ -336,6 +405,25 @@ def list_(
     endpoint = options.endpoint(network)
     lists = api.services(role, registry=registry_key, watch=watch, bootstrap=endpoint.bootstrap)
     asyncio.run(listing.show(lists, as_json=as_json, watch=watch))
+
+
+@cli.command()
+@options.as_json
+@click.option("--host", metavar="HOST", help="Local address to look from.  [default: any]")
+@options.joining
+def doctor(as_json: bool, host: str | None, **network: Any) -> None:
+    """Show what this host looks like from outside, and what that means for connections."""
+    import asyncio
+    from dataclasses import replace
+
+    from .actors import doctor as examiner
+    from .commands import doctor as report
+
+    endpoint = options.endpoint(network)
+    if host is not None:
+        endpoint = replace(endpoint, host=host)
+    findings = asyncio.run(examiner.examine(endpoint))
+    report.show(findings, endpoint.bootstrap, as_json=as_json)
 
 
 @cli.command()

@@ -190,7 +190,9 @@ class Registry(Deployment):
 
 class Service(Deployment):
     """The TCP service on ``host``:``port``, registered as ``role`` (``name@version``). Entered when
-    the DHT knows its key; `registered` waits for the registry. Raises `InvalidInput`."""
+    the DHT knows its key; `registered` waits for the registry. ``relay_through`` are keys of blind
+    relays at which connections may begin, ``allow_relays`` those of relays that only clients name;
+    None stands for all. Raises `InvalidInput`."""
 
     def __init__(
         self,
@@ -201,6 +203,8 @@ class Service(Deployment):
         host: str = "127.0.0.1",
         seed: Key | None = None,
         allow: Sequence[Key] | None = None,
+        relay_through: Sequence[Key] = (),
+        allow_relays: Sequence[Key] | None = (),
         tags: Sequence[str] = (),
         metadata: Mapping[str, str] | None = None,
         health: HealthArgs | None = None,
@@ -216,6 +220,8 @@ class Service(Deployment):
             port=port,
             key_pair=self.key_pair,
             allow=_clients(allow),
+            relay_through=_relays(relay_through),
+            allow_relays=None if allow_relays is None else frozenset(_relays(allow_relays)),
             show=self._show,
             tags=tags,
             metadata=metadata,
@@ -237,7 +243,8 @@ class Service(Deployment):
 
 class Proxy(Deployment):
     """A local TCP port for whatever matches ``role`` (``name@range``). Entered when it listens;
-    `routed` waits for a service. Raises `InvalidInput`, and `LocalError` for a port in use."""
+    `routed` waits for a service. ``relay_through`` are keys of blind relays at which connections
+    may begin. Raises `InvalidInput`, and `LocalError` for a port in use."""
 
     def __init__(
         self,
@@ -251,6 +258,7 @@ class Proxy(Deployment):
         connect_timeout: float = 10.0,
         wait: bool = True,
         verified_only: bool = False,
+        relay_through: Sequence[Key] = (),
         bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP,
     ) -> None:
         super().__init__()
@@ -266,6 +274,7 @@ class Proxy(Deployment):
             connect_timeout=connect_timeout,
             wait=wait,
             verified_only=verified_only,
+            relay_through=_relays(relay_through),
         )
 
     def _tree(self) -> SupervisorSpec:
@@ -286,12 +295,14 @@ async def connect(
     *,
     registry: Key | Sequence[Key],
     seed: Key | None = None,
+    relay_through: Sequence[Key] = (),
     bootstrap: Sequence[str] = PUBLIC_BOOTSTRAP,
     timeout: float | None = 30.0,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A stream to a service that matches ``role`` (``name@range``), waiting at most ``timeout``
-    seconds for one (None: for ever). The node behind it lives as long as the connection;
-    ``await writer.wait_closed()`` after ``writer.close()`` waits for both.
+    seconds for one (None: for ever); it may begin at one of the blind relays ``relay_through``. The
+    node behind it lives as long as the connection; ``await writer.wait_closed()`` after
+    ``writer.close()`` waits for both.
 
     Raises `InvalidInput`, `PeerNotFound` when nobody matches in time, and `ConnectError` when none
     of those who match can be reached.
@@ -305,7 +316,8 @@ async def connect(
     await runtime.__aenter__()
     try:
         async with asyncio.timeout(timeout):
-            channel = await _reach(runtime, tree, _key_pair(seed))
+            relays = _relays(relay_through)
+            channel = await _reach(runtime, tree, _key_pair(seed), relays)
     except TimeoutError as error:
         await runtime.__aexit__(None, None, None)
         raise PeerNotFound(
@@ -377,7 +389,12 @@ async def _next(
         ended.cancel()
 
 
-async def _reach(runtime: ActorRuntime, tree: SupervisorSpec, pair: KeyPair | None) -> Channel:
+async def _reach(
+    runtime: ActorRuntime,
+    tree: SupervisorSpec,
+    pair: KeyPair | None,
+    relay_through: tuple[bytes, ...],
+) -> Channel:
     root = runtime.spawn(Supervisor, tree, name="root")
     await _ready(runtime, root)
     resolver = runtime.find("/root/node/resolver")
@@ -389,7 +406,7 @@ async def _reach(runtime: ActorRuntime, tree: SupervisorSpec, pair: KeyPair | No
         services = (await runtime.call(resolver, Resolve())).services
     error: Exception | None = None
     for service in services:
-        answer = await runtime.call(endpoint, Connect(service.public_key, pair))
+        answer = await runtime.call(endpoint, Connect(service.public_key, pair, relay_through))
         if isinstance(answer, Connected):
             return answer.channel
         error = answer.error
@@ -447,6 +464,10 @@ def _keys(registry: Key | Sequence[Key]) -> tuple[bytes, ...]:
 
 def _clients(keys: Sequence[Key] | None) -> frozenset[bytes] | None:
     return None if keys is None else frozenset(_bytes(key, "client key") for key in keys)
+
+
+def _relays(keys: Sequence[Key]) -> tuple[bytes, ...]:
+    return tuple(_bytes(key, "relay key") for key in keys)
 
 
 def _key_pair(seed: Key | None) -> KeyPair | None:

@@ -12,13 +12,14 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from thespian.actors import ActorAddress
 
 from ..transport.channel import Channel
+from ..transport.dht.timings import Timings
 from ..transport.keys import KeyPair
 from .actor import Actor, ActorGone, Address, Down, Owned, Timer, handles
 from .early import Early
@@ -43,6 +44,8 @@ CONNECT_TIMEOUT = 10.0
 MAX_RIVALS = 3
 #: Attempts for one client, all in all: an end for one that is moved from refusal to refusal.
 MAX_ATTEMPTS = 32
+#: Seconds to a channel above which it is logged where they went.
+SLOW = 1.0
 #: Seconds until a resolver that has died is looked for again.
 LOOK_AGAIN = 0.05
 
@@ -57,6 +60,8 @@ class ProxyPipe:
     key_pair: KeyPair
     #: Seconds that the client may be without a service, all in all.
     connect_timeout: float = CONNECT_TIMEOUT
+    #: Blind relays where the connection may begin.
+    relay_through: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,8 @@ class Seeker(Actor):
         #: The instance that the client is joined with; None while one is looked for.
         self._key: bytes | None = None
         self._attempted_at = 0.0
+        self._timings: Timings | None = None
+        self._began_at = self.now
         self._answered = False
         self._left = args.connect_timeout
         self._hedge = HEDGE_FIRST
@@ -255,7 +262,7 @@ class Seeker(Actor):
             self._expect_soon()
 
     def _connect(self, key: bytes) -> None:
-        question = Connect(key, self._proxied.key_pair)
+        question = Connect(key, self._proxied.key_pair, self._proxied.relay_through)
         self._expect_soon()
         if self._first is None:
             self._first = key
@@ -290,6 +297,7 @@ class Seeker(Actor):
             answer.channel.abort()
         else:
             self._attempted_at = began
+            self._timings = answer.timings
             self._join(key, answer.channel)
 
     def _failed(self, key: bytes, reason: str) -> None:
@@ -323,10 +331,25 @@ class Seeker(Actor):
         self._open_sides = 2
         cast(Early, self._early).join(channel)
         self._tell(ServiceTaken(key))
+        if self.now - self._began_at > SLOW:
+            self._log_slow(key)
+
+    def _log_slow(self, key: bytes) -> None:
+        timings = self._timings
+        spent: dict[str, Any] = {} if timings is None else asdict(timings)
+        spent = {"waited": self._attempted_at - self._began_at, **spent}
+        self.log.info(
+            "slow connection",
+            key=key.hex(),
+            seconds=round(self.now - self._began_at, 3),
+            **{name: round(each, 3) if name != "how" else each for name, each in spent.items()},
+        )
 
     def service_answered(self) -> None:
         self._answered = True
-        self._tell(ServiceWorked(cast(bytes, self._key), self.now - self._attempted_at))
+        waited = self._attempted_at - self._began_at
+        seconds = self.now - self._attempted_at
+        self._tell(ServiceWorked(cast(bytes, self._key), seconds, waited, self._timings))
 
     def service_broke(self, error: Exception | None) -> None:
         self.send(self.myAddress, _ServiceBroke(error))

@@ -7,6 +7,7 @@ foreground.
     `- node  rest_for_one
        |- endpoint         the DHT node
        |- registry         table, sessions, server, replica       (registry)
+       |- relay            books, sessions, listener              (relay)
        |- pipes            one a connection                       (service, proxy)
        |- links            the session with each registry         (service, proxy)
        |- link             the directory: all registries as one   (service, proxy)
@@ -29,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ..supervisor import ChildSpec, Supervisor, SupervisorSpec
 from ..transport.dht.endpoint import EndpointConfig
@@ -49,6 +50,9 @@ from .resolver import Resolver, ResolverArgs
 from .service import Announcement, AnnouncementArgs, ListenerArgs, ServiceListener
 from .system import ActorRuntime
 
+if TYPE_CHECKING:
+    from ..transport.dht.relay_server import RelayLimits
+
 Show = Callable[[object], None]
 
 #: DHT nodes that a private network begins with: with fewer than three, peers that see themselves as
@@ -63,6 +67,8 @@ ENDPOINT_READY = 30.0
 CONTROL_READY = 5.0
 #: Seconds in which a registry's table must have been read: the largest takes a few.
 TABLE_READY = 60.0
+#: Seconds in which a relay must have got from its endpoint what it needs.
+BOOKS_READY = 5.0
 #: Seconds in which a first announcement must have succeeded, an unreachable network included.
 LISTEN_READY = 60.0
 #: Seconds in which all of a node's children must have come up for the first time.
@@ -115,6 +121,33 @@ def registry_tree(
     return _root(show, control, _endpoint(endpoint), _group("registry", registry))
 
 
+def relay_tree(
+    endpoint: EndpointConfig,
+    key_pair: KeyPair,
+    show: Show,
+    *,
+    limits: RelayLimits,
+    allow: frozenset[bytes] | None = None,
+    control: ControlArgs | None = None,
+) -> SupervisorSpec:
+    """A blind relay under the key pair, for everybody who is not kept out by ``allow``."""
+    from ..transport.dht.relay_server import MAX_SESSIONS
+    from .relay import BooksArgs, ListenerArgs, RelayBooks, RelayListener, RelaySessionActor
+
+    sessions = _each(ChildSpec("session", RelaySessionActor), MAX_SESSIONS)
+    relay = SupervisorSpec(
+        "rest_for_one",
+        (
+            ChildSpec("books", RelayBooks, BooksArgs(limits, allow), wait_ready=BOOKS_READY),
+            ChildSpec("sessions", Supervisor, sessions),
+            ChildSpec(
+                "listener", RelayListener, ListenerArgs(key_pair, allow), wait_ready=LISTEN_READY
+            ),
+        ),
+    )
+    return _root(show, control, _endpoint(endpoint), _group("relay", relay))
+
+
 def service_tree(
     endpoint: EndpointConfig,
     registry_keys: Sequence[bytes],
@@ -125,6 +158,8 @@ def service_tree(
     key_pair: KeyPair | None,
     allow: frozenset[bytes] | None,
     show: Show,
+    relay_through: tuple[bytes, ...] = (),
+    allow_relays: frozenset[bytes] | None = frozenset(),
     tags: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
     health: HealthArgs | None = None,
@@ -132,12 +167,12 @@ def service_tree(
 ) -> SupervisorSpec:
     """The TCP service at ``host``:``port``, registered with each registry as ``role``
     (``name@version``), and only while it is healthy if its health is watched. Raises `InvalidInput`
-    for a role that cannot be registered."""
+    for a role that cannot be registered. The key is what clients and relays know it by."""
     meta = roles.to_register(role, tags)
     if metadata:
         meta["metadata"] = dict(metadata)
     pair = key_pair or KeyPair.generate()
-    listener = ListenerArgs(pair, host, port, allow)
+    listener = ListenerArgs(pair, host, port, allow, relay_through, allow_relays)
     announcement = AnnouncementArgs(pair, meta, secrets.token_hex(16))
     service = [ChildSpec("listener", ServiceListener, listener, wait_ready=LISTEN_READY)]
     if health is not None:
@@ -146,7 +181,7 @@ def service_tree(
     return _root(
         show,
         control,
-        _endpoint(endpoint),
+        _endpoint(replace(endpoint, key_pair=pair)),
         _pipes(),
         *_links(registry_keys),
         _group(f"service:{role}", SupervisorSpec("rest_for_one", tuple(service))),
@@ -166,6 +201,7 @@ def proxy_tree(
     connect_timeout: float = 10.0,
     wait: bool = True,
     verified_only: bool = False,
+    relay_through: tuple[bytes, ...] = (),
     control: ControlArgs | None = None,
 ) -> SupervisorSpec:
     """A local TCP port for whatever service matches ``role`` (``name@range``). Raises
@@ -180,7 +216,7 @@ def proxy_tree(
     resolver = ResolverArgs(
         meta, balance, verified_only, pair.public_key, patience=connect_timeout, wait=wait
     )
-    args = ProxyArgs(host, port, pair, chosen, connect_timeout)
+    args = ProxyArgs(host, port, pair, chosen, connect_timeout, relay_through)
     proxy = SupervisorSpec(
         "rest_for_one",
         (
@@ -191,7 +227,7 @@ def proxy_tree(
     return _root(
         show,
         control,
-        _endpoint(endpoint),
+        _endpoint(replace(endpoint, key_pair=pair)),
         _pipes(),
         *_links(registry_keys),
         _group(f"proxy:{port}", proxy),

@@ -6,12 +6,14 @@ import asyncio
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, cast
 
 from thespian.actors import ActorAddress
 
 from ..transport.channel import Channel
 from ..transport.dht.endpoint import Endpoint, EndpointConfig, Listener
+from ..transport.dht.timings import Timings
 from ..transport.errors import HyperseaportError
 from ..transport.keys import KeyPair
 from .actor import Actor, Address, Down, ExitReason, handles
@@ -20,12 +22,16 @@ from .messages import (
     Accepted,
     Announced,
     AnnounceTopic,
+    BorrowForwarder,
     Connect,
     Connected,
     ConnectFailed,
     Describe,
     Described,
     EndpointReady,
+    Examine,
+    Examined,
+    ForwarderBorrowed,
     Listen,
     ListenFailed,
     Listening,
@@ -142,21 +148,32 @@ class EndpointActor(Actor):
                 "firewalled": node.firewalled,
                 # In its routing table.
                 "nodes": len(node.table),
+                # Seconds since bytes last moved through a pipe; None for never.
+                "traffic_age_s": _age(self._endpoint.piped_at, self.now),
             }
         self.send(sender, Described(fields))
+
+    @handles(Examine)
+    def _examine(self, _message: Examine, sender: ActorAddress) -> None:
+        self.run(self._examine_for(sender))
+
+    async def _examine_for(self, sender: ActorAddress) -> None:
+        self.send(sender, Examined(await self._node.examine()))
 
     # Connections to others
 
     @handles(Connect)
     def _connect(self, message: Connect, sender: ActorAddress) -> None:
-        def opened(channel: Channel) -> None:
-            self._hand_over(channel, sender, Connected(channel))
+        def opened(channel: Channel, timings: Timings | None) -> None:
+            self._hand_over(channel, sender, Connected(channel, timings))
 
         def failed(error: Exception) -> None:
             self.send(sender, ConnectFailed(error))
 
         try:
-            self._node.dial(message.public_key, message.key_pair, opened, failed)
+            self._node.dial(
+                message.public_key, message.key_pair, opened, failed, message.relay_through
+            )
         except HyperseaportError as error:
             failed(error)
 
@@ -180,7 +197,13 @@ class EndpointActor(Actor):
             self._hand_over(channel, receiver, Accepted(channel))
 
         try:
-            listener = await self._node.listen(message.key_pair, deliver, allow=message.allow)
+            listener = await self._node.listen(
+                message.key_pair,
+                deliver,
+                allow=message.allow,
+                relay_through=message.relay_through,
+                allow_relays=message.allow_relays,
+            )
         except HyperseaportError as error:
             self.send(sender, ListenFailed(error))
             return
@@ -235,6 +258,10 @@ class EndpointActor(Actor):
         for topic, key_pair in self._topics.items():
             self.run(node.announce(topic, key_pair))
 
+    @handles(BorrowForwarder)
+    def _lend_forwarder(self, _message: BorrowForwarder, sender: ActorAddress) -> None:
+        self.send(sender, ForwarderBorrowed(self._node.core.mux.forwarder))
+
     # Channels under way
 
     def _hand_over(
@@ -257,3 +284,7 @@ class EndpointActor(Actor):
                 channel.abort()
         if self._handovers:
             self.after(self._handovers[0][0] - self.now, _CheckHandovers())
+
+
+def _age(when: float, now: float) -> float | None:
+    return None if when == -inf else round(max(now - when, 0.0), 3)

@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from .balance import Balancer, newest_first
-from .messages import ServiceRecord
+from .messages import ServiceRecord, ServiceWorked
 
 #: Seconds that an instance is set aside at most, after its first failure and after many; each
 #: failure in a row doubles it, and chance takes up to a half off, so that proxies do not come back
@@ -52,8 +52,9 @@ class Instance:
     trial_ends: float = 0.0
     #: Attempts in a row that a rival overtook.
     overtaken: int = 0
-    #: When it answered last.
+    #: When it answered last, and that connection.
     worked_at: float | None = None
+    last: ServiceWorked | None = None
 
     def is_due(self, now: float) -> bool:
         if self.tried_by is not None and now < self.trial_ends:
@@ -97,7 +98,7 @@ class Instances:
             if found is None:
                 found = Instance(record)
             elif found.failures and _runs_anew(found.record, record):
-                found = Instance(record, worked_at=found.worked_at)
+                found = Instance(record, worked_at=found.worked_at, last=found.last)
                 again.append(record.public_key)
             found.record = record
             self._known[record.public_key] = found
@@ -182,12 +183,12 @@ class Instances:
         if found is not None:
             found.overtaken = 0
 
-    def worked(self, public_key: bytes, now: float) -> bool:
+    def worked(self, public_key: bytes, now: float, news: ServiceWorked | None = None) -> bool:
         """Returns whether it was not trusted before."""
         found = self._known.get(public_key)
         if found is None:
             return False
-        found.worked_at = now
+        found.worked_at, found.last = now, news
         if not found.failures:
             return False
         found.failures, found.reason, found.tried_by = 0, "", None
@@ -221,7 +222,10 @@ class Instances:
         """A JSON object for each: ``key`` (64 hexadecimal digits), ``role``, ``version``,
         ``verified``, ``state`` (`taken`, `candidate`, `set aside` or `refused`), ``reason`` (one
         line), ``failures`` (in a row), ``retry_in`` (seconds or None), ``connections``,
-        ``worked_ago`` (seconds or None). Taken are those that the next connection may go to."""
+        ``worked_ago`` (seconds or None), ``last`` (None, or of the connection that has worked last
+        ``path``, one of `transport.dht.timings.How`, and in milliseconds ``total_ms``, ``wait_ms``,
+        ``lookup_ms``, ``handshake_ms``, ``path_ms`` and ``first_byte_ms``). Taken are those that
+        the next connection may go to."""
         trusted = [each.record for each in self._usable if not each.failures]
         taken = self._balancer.favoured(trusted, connections)
         rows = [self._row(each, taken, connections, now) for each in self._known.values()]
@@ -260,6 +264,7 @@ class Instances:
             "retry_in": None if retry_in is None else round(retry_in, 3),
             "connections": connections.get(record.public_key, 0),
             "worked_ago": None if worked_at is None else round(now - worked_at, 3),
+            "last": None if instance.last is None else _where_time_went(instance.last),
         }
 
     def _is_refused(self, instance: Instance) -> bool:
@@ -303,6 +308,22 @@ class ConnectTimes:
         if self.typical is None:
             return HEDGE_FIRST
         return min(HEDGE_MAX, max(HEDGE_MIN, HEDGE_FACTOR * self.typical))
+
+
+def _where_time_went(news: ServiceWorked) -> dict[str, Any] | None:
+    timings = news.timings
+    if timings is None:
+        return None
+    parts = {
+        "total": news.waited + news.seconds,
+        "wait": news.waited,
+        "lookup": timings.lookup,
+        "handshake": timings.handshake,
+        "path": timings.path,
+        "first_byte": max(0.0, news.seconds - timings.total),
+    }
+    milliseconds = {f"{name}_ms": round(seconds * 1000, 1) for name, seconds in parts.items()}
+    return {"path": timings.how, **milliseconds}
 
 
 def _runs_anew(before: ServiceRecord, now: ServiceRecord) -> bool:

@@ -13,8 +13,12 @@ from typing import Any
 from thespian.actors import ActorAddress
 
 from ..transport.channel import Channel
+from ..transport.dht.blind_relay import Pair, RelayMessage
+from ..transport.dht.examine import Findings
+from ..transport.dht.timings import Timings
 from ..transport.keys import KeyPair
 from ..transport.transmit import Address
+from ..transport.udx.forward import Forwarder
 
 # The endpoint. It answers whoever asked.
 
@@ -26,6 +30,8 @@ class Connect:
     public_key: bytes
     #: Who to be; None for an identity that nobody knows yet.
     key_pair: KeyPair | None = None
+    #: Keys of blind relays where it may begin.
+    relay_through: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,8 @@ class Connected:
     receiver, who aborts it when it comes too late."""
 
     channel: Channel
+    #: Where the time went.
+    timings: Timings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,10 @@ class Listen:
     deliver_to: ActorAddress
     #: Keys that may connect; None for everybody.
     allow: frozenset[bytes] | None = None
+    #: Keys of blind relays where connections may begin, and those that only clients name; None for
+    #: all.
+    relay_through: tuple[bytes, ...] = ()
+    allow_relays: frozenset[bytes] | None = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,16 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Examine:
+    """What does this host look like from outside? Answer, some seconds later: `Examined`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    findings: Findings
+
+
+@dataclass(frozen=True, slots=True)
 class AnnounceTopic:
     """Tell the DHT that the key pair can be found under a topic of 32 bytes, and keep it told.
     Answer: `Announced`."""
@@ -105,6 +127,55 @@ class AnnounceTopic:
 @dataclass(frozen=True, slots=True)
 class Announced:
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class BorrowForwarder:
+    """Who passes packets on for others? Answer: `ForwarderBorrowed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwarderBorrowed:
+    """It belongs to the endpoint and means nothing when that is dead. The borrower unlinks what it
+    has linked."""
+
+    forwarder: Forwarder
+
+
+# Inside a relay: a session asks the books.
+
+
+@dataclass(frozen=True, slots=True)
+class RelayEnter:
+    """The sender is the session of a peer, until it dies. Answer: `RelayRefused` or none."""
+
+    #: The key that the peer has proven to have.
+    public_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RelayRefused:
+    """The peer's key may have no session, or no more; or the session has done nothing for long."""
+
+
+@dataclass(frozen=True, slots=True)
+class RelayAsk:
+    """The peer, whose packets come from ``address`` to our ``socket``, wants this. Answers:
+    `RelayTaken` and, to a pair as soon as its other half comes, `RelayAnswer`."""
+
+    request: RelayMessage
+    socket: int
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class RelayTaken:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class RelayAnswer:
+    pair: Pair
 
 
 # Inside a registry: a session asks the table, with a ticket that the answer bears.
@@ -332,6 +403,15 @@ class RegistryListening:
 
 
 @dataclass(frozen=True, slots=True)
+class RelayListening:
+    """Peers can connect to the relay."""
+
+    public_key: bytes
+    #: Whoever knows the key may use it.
+    anybody: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ProxyListening:
     """Local clients can connect to the address."""
 
@@ -388,6 +468,11 @@ class ServiceWorked:
     public_key: bytes
     #: Seconds from the attempt to connect until then.
     seconds: float
+    #: Seconds that the client waited before the attempt: for an instance, and for others that
+    #: failed.
+    waited: float = 0.0
+    #: Where the time went until the connection was open.
+    timings: Timings | None = None
 
 
 @dataclass(frozen=True, slots=True)

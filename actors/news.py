@@ -16,6 +16,7 @@ from .messages import (
     Registered,
     RegistrationRefused,
     RegistryListening,
+    RelayListening,
     ServiceListening,
     ServiceRecord,
     ServiceRegistered,
@@ -83,6 +84,18 @@ def proxy(say: Say, role: str) -> Show:
                 say(f"waiting for service {role}")
             case _:
                 link(news)
+
+    return show
+
+
+def relay(say: Say) -> Show:
+    """Lines of `hyperseaport relay`."""
+
+    def show(news: object) -> None:
+        if isinstance(news, RelayListening):
+            say(f"Relay listening. Connect through pubkey  {news.public_key.hex()}")
+            if news.anybody:
+                say("whoever knows this key may use the relay (--allow KEY: only some)")
 
     return show
 

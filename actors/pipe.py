@@ -130,6 +130,7 @@ class Pipe(Seeker):
             ours, theirs = channel.public_key.hex(), channel.remote_public_key.hex()
             fields["peer_key"] = theirs
             fields["service_key"] = ours if self._early is None else theirs
+            fields["path"] = "relayed" if channel.relayed else "direct"
         self.send(sender, Described(fields))
 
     def _state(self) -> str:

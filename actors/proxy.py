@@ -45,6 +45,8 @@ class ProxyArgs:
     chosen: bool = False
     #: Seconds that a client may be without a service, all in all, before it is reset.
     connect_timeout: float = CONNECT_TIMEOUT
+    #: Blind relays where connections may begin.
+    relay_through: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,7 @@ class ProxyListener(Actor):
                 context["endpoint"],
                 args.key_pair,
                 args.connect_timeout,
+                args.relay_through,
             )
             self.send(context["pipes"], StartChild(pipe))
 

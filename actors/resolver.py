@@ -266,7 +266,7 @@ class Resolver(Actor):
 
     @handles(ServiceWorked)
     def _worked(self, message: ServiceWorked, _sender: ActorAddress) -> None:
-        if self._instances.worked(message.public_key, self.now):
+        if self._instances.worked(message.public_key, self.now, message):
             self.log.info("instance works again", key=message.public_key.hex())
             self._pardon(message.public_key)
             self._serve_waiting()

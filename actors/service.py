@@ -42,6 +42,10 @@ class ListenerArgs:
     port: int
     #: Client keys that may connect; None admits everybody.
     allow: frozenset[bytes] | None = None
+    #: Blind relays where connections may begin: ours, and those that only clients name, None for
+    #: all.
+    relay_through: tuple[bytes, ...] = ()
+    allow_relays: frozenset[bytes] | None = frozenset()
 
 
 class ServiceListener(Actor):
@@ -58,9 +62,10 @@ class ServiceListener(Actor):
 
     async def _listen(self) -> None:
         args = self._args
-        answer = await self.call(
-            self.context["endpoint"], Listen(args.key_pair, self.myAddress, args.allow)
+        listen = Listen(
+            args.key_pair, self.myAddress, args.allow, args.relay_through, args.allow_relays
         )
+        answer = await self.call(self.context["endpoint"], listen)
         if isinstance(answer, ListenFailed):
             raise answer.error
         tell(self, ServiceListening(args.key_pair.public_key))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import Callable
@@ -19,6 +20,10 @@ READ = MESSAGE
 #: channel holds besides counts against its receive window.
 TCP_HIGH = 32_768
 
+#: Messages of at most this many bytes go to the kernel at once, past the TCP transport: uvloop's
+#: keeps them until the end of its turn, when everything else of the turn has been done.
+DIRECT = 4096
+
 #: Every splice reads into the same: what is read is encrypted before the next socket is read.
 reading_buffer = memoryview(bytearray(READ))
 
@@ -30,24 +35,30 @@ class Splice:
     order, else what broke it.
     """
 
-    __slots__ = ("_on_closed", "channel", "channel_side", "tcp", "transport")
+    __slots__ = ("_on_closed", "channel", "channel_side", "descriptor", "tcp", "transport")
 
     def __init__(self, channel: Channel, on_closed: Callable[[Exception | None], None]) -> None:
         self._on_closed = on_closed
         self.channel_side = ChannelSide(self)
         self.tcp = TcpSide(self)
         self.transport: asyncio.Transport | None = None
+        #: The TCP connection's, while it may be written to; -1 where there is none.
+        self.descriptor = -1
         self.channel = channel
+        channel.piped = True
 
     def tcp_made(self, transport: asyncio.Transport) -> None:
         """Let bytes flow: some event loops read before anybody can ask them to wait."""
         self.transport = transport
+        self.descriptor = _descriptor(transport)
         transport.set_write_buffer_limits(high=TCP_HIGH)
         self.channel.set_protocol(self.channel_side)
 
     def take_over(self) -> None:
         """The same for a ``transport`` and a channel that somebody else has served until now."""
-        cast(asyncio.Transport, self.transport).set_protocol(self.tcp)
+        transport = cast(asyncio.Transport, self.transport)
+        self.descriptor = _descriptor(transport)
+        transport.set_protocol(self.tcp)
         self.channel.set_protocol(self.channel_side)
 
     def abort(self) -> None:
@@ -58,6 +69,7 @@ class Splice:
             abort(self.transport)
 
     def tcp_closed(self, error: Exception | None) -> None:
+        self.descriptor = -1
         channel = self.channel
         if error is not None or not (channel.ended or channel.is_closing()):
             # What the peer has not got is lost with the connection: it must not look whole.
@@ -107,7 +119,24 @@ class ChannelSide(asyncio.Protocol):
         self._splice = splice
 
     def data_received(self, data: bytes) -> None:
-        cast(asyncio.Transport, self._splice.transport).write(data)
+        splice = self._splice
+        transport = cast(asyncio.Transport, splice.transport)
+        if (
+            len(data) <= DIRECT
+            and splice.descriptor >= 0
+            and not transport.get_write_buffer_size()
+            # From then on the descriptor is no longer ours.
+            and not transport.is_closing()
+        ):
+            try:
+                written = os.write(splice.descriptor, data)
+            except OSError:
+                # The kernel takes no more, or never will: the transport finds out which.
+                written = 0
+            if written == len(data):
+                return
+            data = data[written:]
+        transport.write(data)
 
     def eof_received(self) -> bool:
         transport = cast(asyncio.Transport, self._splice.transport)
@@ -135,6 +164,12 @@ class ChannelSide(asyncio.Protocol):
 
 def _nobody(_error: Exception | None) -> None:
     """Hears of the end of a splice whose owner has ended it."""
+
+
+def _descriptor(transport: asyncio.Transport) -> int:
+    """Of the transport's socket; -1 for none, and where sockets are no files."""
+    found = transport.get_extra_info("socket") if os.name == "posix" else None
+    return -1 if found is None else cast(int, found.fileno())
 
 
 def abort(transport: asyncio.Transport) -> None:

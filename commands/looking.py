@@ -243,6 +243,28 @@ def _branches(root: Fields, depth: int) -> Iterator[tuple[object, ...]]:
         left += [(child, depth + 1) for child in reversed(node.get("children", ()))]
 
 
+#: What the time until a path was there is called, for each kind of path.
+_PATHS = {"punched": "punch", "relayed": "relay"}
+
+
+def _last(row: Fields) -> str:
+    """Where the milliseconds of the last connection went; parts that took none are left out."""
+    last = row["last"]
+    how = str(last["path"])
+    parts = (
+        ("waiting", last["wait_ms"]),
+        ("lookup", last["lookup_ms"]),
+        ("handshake", last["handshake_ms"]),
+        (_PATHS.get(how, "path"), last["path_ms"]),
+        ("first byte", last["first_byte_ms"]),
+    )
+    said = ", ".join(f"{name} {each:.0f}" for name, each in parts if each >= 0.5)
+    return clean(
+        f"{short(row['key'])}: opened {seconds(row['worked_ago'])} ago in "
+        f"{last['total_ms']:.0f} ms: {said or 'no part took long'} ({how})"
+    )
+
+
 def _why(answer: _Answer) -> None:
     for number, proxy in enumerate(answer.ok["proxies"]):
         if number:
@@ -266,5 +288,8 @@ def _why(answer: _Answer) -> None:
         ]
         headers = ("STATE", "SERVICE", "KEY", "VERIFIED", "IN USE", "FAILED", "RETRY IN", "WHY")
         table(headers, rows)
+        for row in proxy["rows"]:
+            if row.get("last"):
+                say(_last(row))
         if proxy.get("more"):
             say(f"and {int(proxy['more'])} more")

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 #: Ways to choose among services: `actors.balance` has them, which is loaded only when needed.
 BALANCES = ("highest", "round-robin", "random", "least-connections", "hash")
+#: What each user of a relay may have: `transport.dht.relay_server` has these, and is loaded only
+#: when needed.
+RELAY_SESSIONS = 256
+RELAY_RATE = 16 * 1024 * 1024
 #: Characters read of a seed file: white space around the seed is fine.
 MAX_SEED_FILE = 4096
 #: Characters read of a file of keys: some 15,000 keys.
@@ -74,6 +78,36 @@ def _keys_in(value: str, what: str) -> list[bytes]:
     return [keys.parse_key(word, f"{what} in {value}") for word in words if word]
 
 
+def relay_through(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--relay-through",
+        metavar="KEY",
+        multiple=True,
+        callback=key("relay key"),
+        help="Key of a blind relay where connections begin for which there is no direct path yet; "
+        "repeatable.",
+    )(command)
+
+
+def allow_relay(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--allow-relay",
+        "allow_relays",
+        metavar="KEY|any",
+        multiple=True,
+        callback=_relays,
+        help="Key of a blind relay that is used when a client names it; repeatable. Those of "
+        "--relay-through are allowed.",
+    )(command)
+
+
+def _relays(context: Any, parameter: Any, values: tuple[str, ...]) -> frozenset[bytes] | None:
+    """None for all."""
+    if "any" in values:
+        return None
+    return frozenset(key("relay key")(context, parameter, values))
+
+
 def registry_keys(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument(
         "registry_keys",
@@ -114,15 +148,24 @@ def logs(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def joining(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a program that nobody looks into."""
+    return logs(_bootstrap(command))
+
+
+def _bootstrap(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--bootstrap",
+        multiple=True,
+        metavar="HOST:PORT",
+        help="A node of the DHT to join; repeatable. Also HYPERSEAPORT_BOOTSTRAP, separated by "
+        "commas. Without either: the public HyperDHT.",
+    )(command)
+
+
 def network(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option(
-            "--bootstrap",
-            multiple=True,
-            metavar="HOST:PORT",
-            help="A node of the DHT to join; repeatable. Also HYPERSEAPORT_BOOTSTRAP, separated by "
-            "commas. Without either: the public HyperDHT.",
-        ),
+        _bootstrap,
         click.option(
             "--control",
             "control_path",
@@ -229,7 +272,7 @@ def registry_store(pair: keys.KeyPair, data_dir: str | None) -> Path:
 
 def bootstrap(network: dict[str, Any]) -> tuple[str, ...] | None:
     """What was asked for; None for the public network. Raises `InvalidInput`."""
-    from ..transport.dht.endpoint import parse_address
+    from ..transport.machine import parse_address
 
     given = network["bootstrap"]
     if not given:

@@ -235,11 +235,44 @@ def _dht(_ok: Fields, actors: Fields) -> _View:
     return _View(headers=("NODE", "ADDRESS", "KNOWN NODES", "REQUESTS"), rows=rows)
 
 
+def _relay(ok: Fields, actors: Fields) -> _View:
+    listener, books = _shown(actors, "listener"), _shown(actors, "books")
+    summary = ok["summary"]
+    view = _View(facts=[("key", str(listener.get("public_key") or summary.get("key", "")))])
+    if books:
+        counted = books["counters"]
+        now = f"{books['sessions']} of {_plural(books['keys'], 'key')}"
+        view.facts.append(("sessions", f"{now}, {counted['accepted']} since {_start(ok, 'books')}"))
+        now = f"{books['pairs']} now, {books['waiting']} waiting for the other half"
+        view.facts.append(("pairs", f"{now}, {counted['paired']} since {_start(ok, 'books')}"))
+        view.facts.append(("passed on", size(books["bytes"])))
+        reasons = (("above the rate", books["dropped"]), ("from strangers", books["strangers"]))
+        dropped = [f"{number} {what}" for what, number in reasons if number]
+        if dropped:
+            view.facts.append(("dropped", f"{' and '.join(dropped)} (packets)"))
+        reasons = (
+            ("sessions", counted["refused"] + listener.get("refused", 0)),
+            ("requests", counted["ignored"]),
+        )
+        refused = [f"{number} {what}" for what, number in reasons if number]
+        if refused:
+            view.facts.append(("refused", ", ".join(refused)))
+    if "max_rate" in summary:
+        rate, sessions = size(summary["max_rate"]), summary["max_sessions"]
+        view.facts.append(("each key", f"{_plural(sessions, 'session')}, {rate}/s"))
+    if listener:
+        allowed = listener["allowed"]
+        may = "open: everybody may use it" if allowed is None else f"{_plural(allowed, 'key')} may"
+        view.facts.append(("policy", may))
+    return view
+
+
 _VIEWS: Mapping[str, Callable[[Fields, Fields], _View]] = {
     "proxy": _proxy,
     "service": _service,
     "registry": _registry,
     "dht": _dht,
+    "relay": _relay,
 }
 
 # What several programs have
@@ -263,6 +296,11 @@ def _traffic(ok: Fields, actors: Fields, listener: Fields) -> Iterator[tuple[str
     text = f"{now} now, {listener.get('accepted', 0)} since {_start(ok, 'listener')}"
     refused = listener.get("refused")
     yield "connections", f"{text}, {refused} refused" if refused else text
+    endpoint = _shown(actors, "endpoint")
+    if "traffic_age_s" in endpoint:
+        age = endpoint["traffic_age_s"]
+        # What `healthy` is worth: bytes of clients and of the service went through.
+        yield "traffic", "none yet" if age is None else f"last {seconds(age)} ago"
     yield "bytes", _bytes(actors)
 
 

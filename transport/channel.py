@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from random import Random
 from typing import Any, cast
 
@@ -29,6 +30,9 @@ MESSAGE = 63_856
 MAX_MESSAGE = 256 * 1024
 #: Bytes read from the stream before the protocol is asked whether it wants more.
 READ = 65_536
+#: Bytes read before the stream's window gets them back: small messages would spend a tenth of
+#: their time on that.
+CREDIT = 4096
 #: Bytes written and not yet in flight at which the protocol is asked to pause, and to go on.
 WRITE_HIGH = 65_536
 WRITE_LOW = 16_384
@@ -40,7 +44,7 @@ class Channel(asyncio.Transport):
     """One encrypted, ordered, reliable connection with a peer.
 
     ``wake()`` asks the owner to move bytes soon; ``wrote(channel)`` tells it that something was
-    written, which is what keep-alives are timed by.
+    written, which is what keep-alives are timed by, and returns True if it sees to that itself.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class Channel(asyncio.Transport):
         rng: Random,
         *,
         wake: Callable[[], None],
-        wrote: Callable[[Channel], None],
+        wrote: Callable[[Channel], bool],
         closed: Callable[[Channel], None],
     ) -> None:
         super().__init__()
@@ -77,11 +81,16 @@ class Channel(asyncio.Transport):
         #: Plain bytes delivered to the protocol, and taken from whoever writes.
         self.bytes_read = 0
         self.bytes_written = 0
+        #: When that last happened, in seconds on the loop's clock; -inf for never.
+        self.moved_at = -inf
+        #: Whether somebody else's bytes go through it, as whoever takes it knows.
+        self.piped = False
         self._linger: asyncio.TimerHandle | None = None
         stream.wants_room = False
         stream.write(self._secret.start(), self._loop.time())
-        wrote(self)
+        # In this order: what is written first leaves in the same packet.
         wake()
+        wrote(self)
 
     @property
     def public_key(self) -> bytes:
@@ -122,6 +131,11 @@ class Channel(asyncio.Transport):
     def heard_at(self) -> float:
         """When the peer last sent anything on it; -inf for never."""
         return self._stream.heard_at
+
+    @property
+    def relayed(self) -> bool:
+        """Whether what is sent passes a blind relay, at least until a direct path is found."""
+        return self._stream.relayed
 
     @property
     def half_closed(self) -> bool:
@@ -196,6 +210,7 @@ class Channel(asyncio.Transport):
         if self._protocol is None and not self._closing:
             return
         stream, secret, pending = self._stream, self._secret, self._pending
+        before = self.bytes_read
         while True:
             while pending and not self._paused:
                 self._data_received(pending.popleft())
@@ -206,6 +221,13 @@ class Channel(asyncio.Transport):
                 break
             for chunk in stream.read(READ):
                 self._uncredited += len(chunk)
+                whole = None if pending or self._paused else secret.receive_whole(chunk)
+                if whole is not None:
+                    if whole:
+                        self._data_received(whole)
+                    if self._lost:
+                        return
+                    continue
                 try:
                     messages = secret.receive(chunk)
                 except StreamError as error:
@@ -214,8 +236,13 @@ class Channel(asyncio.Transport):
                         self._data_received(message)
                     raise
                 pending.extend(messages)
+        if self.bytes_read != before:
+            self.moved_at = self._loop.time()
         if self._uncredited:
-            self._credit()
+            stream.authentic = secret.authentic
+            stream.expects = secret.buffered > 0
+            if self._uncredited >= CREDIT:
+                self._credit()
         if stream.remote_ended and not (stream.readable or pending or self._paused):
             self._end_reading()
 
@@ -230,7 +257,8 @@ class Channel(asyncio.Transport):
         if not self._paused or self._secret.buffered > READ:
             self._stream.credit(self._uncredited, self._loop.time())
             self._uncredited = 0
-            self._wake()
+            if self._stream.dirty:
+                self._wake()
 
     def _end_reading(self) -> None:
         if self._eof_delivered:
@@ -267,8 +295,9 @@ class Channel(asyncio.Transport):
                 for frame in self._secret.encrypt(view[start : start + MESSAGE]):
                     stream.write(frame, now)
         self.bytes_written += size
-        self._wrote(self)
-        self._wake()
+        self.moved_at = now
+        if not self._wrote(self):
+            self._wake()
         if stream.unsent > self._high:
             self._control_writing()
 

@@ -115,6 +115,31 @@ class Liveness(Generic[M]):
         group.members.pop(member, None)
         group.asked.pop(member, None)
 
+    def regroup(self, old: Hashable, new: Hashable, now: float) -> None:
+        """The peer that ``old`` named is named ``new`` from now on, and has just been heard."""
+        group = self._groups.get(old)
+        if group is None:
+            return
+        other = self._groups.get(new)
+        if other is None:
+            group.key = new
+            self._groups[new] = self._groups.pop(old)
+            group.heard_at = now
+            return
+        other.heard_at = now
+        for member in list(group.members):
+            other.members[member] = None
+            self._of[member] = other
+        other.asked.update(group.asked)
+        # It is forgotten at its next look.
+        group.members.clear()
+        group.asked.clear()
+
+    def silence(self, member: M, now: float) -> float:
+        """Seconds for which nothing was heard of the member's peer."""
+        group = self._of.get(member)
+        return 0.0 if group is None else now - self._heard(group)
+
     def timed_out(self, member: M, now: float) -> list[M]:
         """The channel is over because the peer did not answer on it. If it answers on others, it
         has forgotten this one, as after a restart, and maybe more of them: returns those that are

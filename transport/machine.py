@@ -1,4 +1,5 @@
-"""What a program learns of the machine it runs on: its addresses, and that it slept."""
+"""What a program learns of the machine it runs on: its addresses, those of names, and that it
+slept."""
 
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
+
+from .errors import InvalidInput, LocalError
+from .transmit import Address
 
 #: Every interface.
 ANY_HOST = "0.0.0.0"
@@ -110,3 +114,32 @@ def _interface_hosts() -> Sequence[str]:
             if not ipaddress.ip_address(found).is_loopback:
                 hosts.append(found)
     return hosts
+
+
+async def resolve(bootstrap: Sequence[str]) -> tuple[Address, ...]:
+    """IPv4 addresses of ``host:port`` or ``ip@name:port`` entries; a name that does not resolve is
+    left out as long as another entry is left. Raises `InvalidInput` for a text of another form."""
+    loop = asyncio.get_running_loop()
+    addresses: list[Address] = []
+    unresolved = ""
+    for text in bootstrap:
+        host, port = parse_address(text)
+        try:
+            found = await loop.getaddrinfo(host, port, family=socket.AF_INET)
+        except (OSError, UnicodeError):  # of names that cannot be one
+            unresolved = host
+            continue
+        addresses.append((str(found[0][4][0]), port))
+    if unresolved and not addresses:
+        raise LocalError(f"bootstrap node {unresolved} has no address: check the name and the DNS")
+    return tuple(addresses)
+
+
+def parse_address(text: str) -> Address:
+    """Host and port of ``host:port`` or ``ip@name:port`` (then the ip). Raises `InvalidInput`."""
+    host, separator, port = text.strip().rpartition(":")
+    host = host.partition("@")[0]
+    valid = separator and host and port.isdecimal() and len(port) <= 5
+    if not valid or not 0 < int(port) < 65536:
+        raise InvalidInput(f"{text!r} is not HOST:PORT with a port from 1 to 65535")
+    return host, int(port)

@@ -16,6 +16,7 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .errors import LocalError
 from .transmit import Address, Buffer, Transmit
@@ -28,11 +29,18 @@ _MAX_READ = 65_536
 #: A socket on which datagrams come one by one reads one a wake-up, without asking whether there
 #: are more; every so many wake-ups it asks.
 _CALM = 8
+#: Fewer datagrams a wake-up are read one by one; and so are longer ones, which are several that the
+#: kernel has put together. No more than `recvmmsg.MAX_EXPECTED`.
+FEW = 4
+MAX_SINGLE = 2048
 #: Bytes kept for a kernel that takes no more. Above it datagrams are dropped, as the network does.
 MAX_UNSENT = 1 << 20
 #: The kernel's buffers (bytes): bursts of a whole window survive.
 SEND_BUFFER = 1 << 21
 RECEIVE_BUFFER = 1 << 22
+
+if TYPE_CHECKING:
+    from .recvmmsg import Batch
 
 # Linux: send with "don't fragment" and leave path MTU discovery to UDX (spec: udx 8.1).
 _IP_MTU_DISCOVER = 10
@@ -83,6 +91,10 @@ class UdpSocket:
         self._batch = memoryview(bytearray(_MAX_BATCH + _MAX_READ))
         # Wake-ups until it is asked again whether more than one datagram has come.
         self._calm = 0
+        # Reads datagrams that come singly, if they do; and how often there were only a few.
+        self._many: Batch | None = None
+        self._singly = False
+        self._few = 0
         self.address: Address = self._socket.getsockname()[:2]
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._readable)
@@ -207,6 +219,9 @@ class UdpSocket:
     def _readable(self) -> None:
         """Read what there is, and put together what belongs together: each read lands right behind
         the one before it."""
+        if self._singly and self._many is not None:
+            self._read_many(self._many)
+            return
         batch, on_run, receive = self._batch, self._on_run, self._socket.recvmsg_into
         ancillary = _ANCILLARY if self._segments_read else 0
         start = end = reads = 0
@@ -242,6 +257,41 @@ class UdpSocket:
                 break
         if source is not None:
             on_run(batch[start:end], segment, source)
+        if reads == MAX_READS and end <= reads * segment:
+            self._expect_singles(segment)
+        self._on_batch()
+
+    def _expect_singles(self, size: int) -> None:
+        """Datagrams come one by one, and many of them, as from a peer that sends an ACK for each
+        packet: from now on one call reads them."""
+        if self._many is None and self._segments_read:
+            # Imported here for the sake of programs that are never that busy.
+            from .recvmmsg import Batch
+
+            try:
+                self._many = Batch(self._socket.fileno())
+            except (OSError, AttributeError):
+                return
+        if self._many is not None and size <= MAX_SINGLE:
+            self._many.expect(size)
+            self._singly = True
+            self._few = 0
+
+    def _read_many(self, many: Batch) -> None:
+        lengths = many.read(self._on_run)
+        if self._socket.fileno() < 0:
+            return
+        most = max(lengths, default=0)
+        if most > MAX_SINGLE:
+            # The kernel puts them together now.
+            self._singly = False
+        elif len(lengths) < FEW:
+            self._few += 1
+            self._singly = self._few < _CALM
+        else:
+            self._few = 0
+            if 2 * lengths.count(many.expected) < len(lengths):
+                many.expect(lengths[-1] or most)
         self._on_batch()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def control(peer: Peer) -> Path:
 
 async def asked(stage: Stage, peer: Peer, *words: str) -> Any:
     """The one program's answer."""
-    (answer,) = json.loads(await stage.command(*words, "--json", "--control", control(peer)))
+    told = json.loads(await stage.command(*words, "--json", "--control", control(peer)))
+    (answer,) = told["programs"]
     return answer
 
 
@@ -36,12 +38,32 @@ async def test_every_program_can_be_looked_into(stage: Stage) -> None:
         await asked(stage, peer, "tree")
     text = await stage.command("status", "--control", control(proxy))
     assert "seen" in text
+    assert re.search(r"^  traffic +last [\d.]+ s ago$", text, re.MULTILINE), text
+    for peer in (service, proxy):
+        shown = (await asked(stage, peer, "status"))["actors"]["/node/endpoint"]
+        assert 0 <= shown["traffic_age_s"] < 60
     everybody = await stage.command("tree")
     assert "/node/endpoint" in everybody or "endpoint" in everybody
     await stage.command("why", "seen@1.x", "--control", control(proxy))
     assert service.key[:8] in await stage.command("why", "--control", control(proxy))
     proxy.process.close()
     service.process.close()
+
+
+async def test_why_tells_where_the_milliseconds_went(stage: Stage) -> None:
+    _, proxy = await stage.chain(await stage.web_server(page=b"page"), "timed")
+    for path in (("local", "direct"), ("remembered",)):
+        assert await http_get(proxy.port, "/page") == (200, b"page")
+        ((row,),) = [each["rows"] for each in (await asked(stage, proxy, "why"))["proxies"]]
+        last = row["last"]
+        assert last["path"] in path
+        parts = [last[f"{name}_ms"] for name in ("wait", "lookup", "handshake", "path")]
+        assert abs(last["total_ms"] - sum(parts) - last["first_byte_ms"]) < 0.5
+        assert 0 < last["handshake_ms"] < last["total_ms"]
+        assert last["first_byte_ms"] > 0
+    text = await stage.command("why", "timed@1.x", "--control", control(proxy))
+    line = text.splitlines()[-1]
+    assert re.search(r"opened [\d.]+ s ago in \d+ ms: .*first byte \d+ \(remembered\)$", line), text
 
 
 async def test_the_tree_heals_in_front_of_the_user(stage: Stage) -> None:

@@ -57,7 +57,7 @@ def shortfall(cell: Cell) -> str | None:
     if "udp-blocked" in cell.sites:
         return "where UDP is dropped there is no DHT, and nothing else to reach a registry by"
     if cell.sites == {"random"}:
-        return "two random NATs meet through a blind relay only, which ours do not use"
+        return "two random NATs meet at a blind relay only, and these programs name none"
     return None
 
 

@@ -328,7 +328,9 @@ def test_a_relay_that_vanishes() -> None:
     server, client = both(world)
     connect = world.connect(client, KEY)
     world.wait(0.0805)
-    punching = next(iter(client.dht._context.attempts))._punch
+    approach = next(iter(client.dht._context.attempts)).approach
+    assert approach is not None
+    punching = approach.punch
     assert punching is not None
     relay = next(n for n in world.nodes if n.host.sockets[0] == punching._relay)
     world.remove(relay)

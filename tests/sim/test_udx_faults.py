@@ -208,8 +208,8 @@ def test_a_prefix_and_then_an_error_or_all_of_it(
         when, mtu = shrinks
         pair.network.at(when, lambda: setattr(link, "mtu", mtu))
     halves = pair.stream(DATA[0][: sizes[0]], DATA[1][: sizes[1]], secret=secret)
-    # A stream gives up 13 RTOs after the last progress, of up to 30 s each where ACKs were as late as
-    # that; and where nearly all is lost, there is a little progress now and then.
+    # A stream gives up 13 RTOs after the last progress, of up to 30 s each where ACKs were as late;
+    # and where nearly all is lost, there is a little progress now and then.
     pair.run(3600.0)
     for half, peer in (halves, halves[::-1]):
         assert not half.wrong, "exactly a prefix"

@@ -13,15 +13,29 @@ import itertools
 import random
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
 
 from . import npm
+from .blind_relays import OurRelay
 from .laboratory import Host, Kind, Laboratory, Site
-from .peers import HEX, PROXIES, REGISTRIES, SERVICES, OurProxy, Peer, Proxy, node, ours, seed
+from .peers import (
+    HEX,
+    PROXIES,
+    REGISTRIES,
+    SERVICES,
+    OurProxy,
+    OurService,
+    Peer,
+    Proxy,
+    Service,
+    node,
+    ours,
+    seed,
+)
 from .peers import Kind as Program
 from .ports import free_port
 from .process import Process
@@ -45,6 +59,8 @@ FINDING = 10.0
 NODE_FAILED = "reported on"
 #: Bytes that go through each connection and back, hashed.
 PAYLOAD = 64 * 1024
+#: Bytes of a frame where many follow each other.
+FRAME = 16 * 1024
 #: A request with an internal command and the number 1, up to its address (spec: hyperdht 2.3).
 PING = bytes([0x03, 0x04, 1, 0])
 #: Seconds after which the socket of the last connection has been let go of (spec: hyperdht 4.4), so
@@ -66,10 +82,13 @@ class Cell:
     proxy_site: Kind
     service: Program = "ours"
     proxy: Program = "ours"
+    #: The service, one of ours, names a blind relay of ours at a public address.
+    relayed: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.service_site}-{self.service}-to-{self.proxy_site}-{self.proxy}"
+        how = "-relayed" if self.relayed else ""
+        return f"{self.service_site}-{self.service}-to-{self.proxy_site}-{self.proxy}{how}"
 
     @property
     def sites(self) -> set[Kind]:
@@ -120,6 +139,7 @@ class World:
         self._backends: list[Backend] = []
         self._sites: dict[tuple[Kind, bool], Site] = {}
         self._services: dict[str, asyncio.Task[None]] = {}
+        self._relay: asyncio.Task[str] | None = None
         self._serving = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -152,6 +172,8 @@ class World:
         """End every program, and with them the connections of the backends."""
         for task in self._services.values():
             task.cancel()
+        if self._relay is not None:
+            self._relay.cancel()
         for peer in reversed(self._peers):
             peer.close()
         self.laboratory.close()
@@ -217,7 +239,7 @@ class World:
         """The role of a service that serves: one for all cells with the same one, or one of its
         own for a cell that is alone and for a `site` of its own."""
         role = f"{cell.service_site}-{cell.service}"
-        if site or cell.alone:
+        if site or cell.alone or cell.relayed:
             role = f"{cell.name}-{next(self._folders)}"
         if role not in self._services:
             host = (site or self.site(cell.service_site, of_service=True)).hosts[0]
@@ -227,13 +249,33 @@ class World:
 
     async def _start_service(self, cell: Cell, host: Host, role: str) -> None:
         place = self.folder(f"service-{cell.service}"), self.bootstrap, self.key
+        options = ["--relay-through", await self.relay()] if cell.relayed else []
         with host.entered():
             backend = Backend()
             self._backends.append(backend)
-            service = SERVICES[cell.service](*place, port=backend.port, role=f"{role}@1.2.3")
+            service: Service
+            if cell.service == "ours":
+                service = OurService(
+                    *place, port=backend.port, role=f"{role}@1.2.3", options=options
+                )
+            else:
+                service = SERVICES[cell.service](*place, port=backend.port, role=f"{role}@1.2.3")
         self._peers.append(service)
         await self._serving.enter_async_context(backend.serving())
         await _ready(service, f"the {cell.service} service", cell.start)
+
+    async def relay(self) -> str:
+        """The key of a blind relay of ours, one for all."""
+        if self._relay is None:
+            self._relay = asyncio.create_task(self._start_relay())
+        return await asyncio.shield(self._relay)
+
+    async def _start_relay(self) -> str:
+        with self.laboratory.host().entered():
+            relay = OurRelay(self.folder("relay"), self.bootstrap)
+        self._peers.append(relay)
+        await relay.ready()
+        return relay.key
 
     @contextlib.asynccontextmanager
     async def proxy(
@@ -289,6 +331,32 @@ class Connection:
             raise ConnectionError(f"closed, {len(error.partial)} bytes came") from None
         assert answer[:DIGEST] == hashlib.sha256(payload).digest(), "the server got other bytes"
         assert answer[DIGEST + 8 :] == payload, "other bytes came back"
+
+    async def pour(self, size: int, arrived: Callable[[int], None]) -> None:
+        """So many bytes there and back, both ways at once. ``arrived`` is told how many have come
+        back, whenever there are more."""
+        payload = random.Random(size).randbytes(FRAME)
+        frame = FRAME.to_bytes(8, "big") + payload
+        answer = hashlib.sha256(payload).digest() + frame
+        count = size // FRAME
+        sending = asyncio.create_task(self._send_all([frame] * count))
+        try:
+            for index in range(count):
+                try:
+                    came = await self._reader.readexactly(len(answer))
+                except asyncio.IncompleteReadError as error:
+                    raise ConnectionError(f"closed, {len(error.partial)} bytes came") from None
+                assert came == answer, "other bytes came back, or the server got others"
+                arrived((index + 1) * FRAME)
+        finally:
+            sending.cancel()
+            with contextlib.suppress(asyncio.CancelledError, OSError):
+                await sending
+
+    async def _send_all(self, frames: Iterable[bytes]) -> None:
+        for frame in frames:
+            self._writer.write(frame)
+            await self._writer.drain()
 
 
 @contextlib.asynccontextmanager

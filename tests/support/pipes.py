@@ -26,6 +26,7 @@ class PipeChannel(MemoryChannel):
 
     #: Bytes that have left and are not acknowledged; tests may claim some.
     unacked = 0
+    piped = False
 
     @property
     def stream(self) -> PipeChannel:
@@ -46,6 +47,10 @@ class PipeChannel(MemoryChannel):
     @property
     def ended(self) -> bool:
         return self._eof_written and self._eof_delivered
+
+    @property
+    def relayed(self) -> bool:
+        return False
 
     @property
     def bytes_read(self) -> int:

@@ -36,6 +36,8 @@ class Half:
     sends: bytes
     expects: bytes
     secret: SecretStream | None = None
+    #: Its direction ends behind what it sends.
+    ends: bool = True
     written: int = 0
     received: int = 0
     #: Something else arrived than was expected.
@@ -70,13 +72,16 @@ class Half:
             pieces = stream.read()
             for piece in pieces:
                 self._take(piece, now)
+            if self.secret is not None:
+                stream.authentic = self.secret.authentic
+                stream.expects = self.secret.buffered > 0
             stream.credit(sum(map(len, pieces)), now)
         wrote = False
         while not stream.closed and self.written < len(self.sends) and stream.unsent < WRITE_HIGH:
             self._write(now)
             wrote = True
         self.most_queued = max(self.most_queued, stream.unsent + stream.unacked)
-        if self.written == len(self.sends) and not stream.closed:
+        if self.ends and self.written == len(self.sends) and not stream.closed:
             stream.end(now)
         return wrote
 

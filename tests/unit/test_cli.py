@@ -21,6 +21,7 @@ from hyperseaport.actors.endpoint import EndpointActor
 from hyperseaport.actors.messages import RegistryListening
 from hyperseaport.supervisor import SupervisorSpec
 from hyperseaport.transport.dht.endpoint import PUBLIC_BOOTSTRAP, EndpointConfig
+from hyperseaport.transport.dht.relay_server import RelayLimits
 from hyperseaport.transport.keys import KeyPair
 
 SEED = "c84c7034a0309479299d81468b7bc59592a96b3a919fd1ff159aea1879407382"
@@ -29,8 +30,8 @@ THIRD = "cd" * 32
 KEY = "5b64a8956d8f2404c4f4b4e6f402ef439f610f7fe297718093641359130b0d45"
 LOCAL = "127.0.0.1:9"
 COMMANDS = (
-    *("seed", "registry", "service", "proxy", "dht", "demo"),
-    *("list", "status", "tree", "why", "kill"),
+    *("seed", "registry", "service", "proxy", "relay", "dht", "demo"),
+    *("list", "doctor", "status", "tree", "why", "kill"),
 )
 
 
@@ -183,9 +184,15 @@ def test_installed_and_as_a_module_it_is_the_same() -> None:
         (["service", KEY, "-p", "1", "-r", ""], "the role '' has no name"),
         (["service", KEY, "-p", "1", "-r", "a@1.0.0", "--allow", "x"], "a client key has 64"),
         (["service", KEY, "-p", "1", "-r", "a@1.0.0", "--seed", "x"], "a seed has 64"),
+        (["service", KEY, "-p", "1", "-r", "a@1.0.0", "--allow-relay", "x"], "a relay key has 64"),
+        (["proxy", KEY, "-p", "1", "-r", "a@1.x", "--relay-through", "x"], "a relay key has 64"),
         (["proxy", KEY, "-r", "a@1.x"], "Missing option '-p'"),
         (["proxy", KEY, "-p", "-1", "-r", "a@1.x"], "-1 is not in the range"),
         (["proxy", KEY, "-p", "1", "-r", "a@b c d"], "is not a version range"),
+        (["relay"], "a relay needs a seed: give --seed-file FILE"),
+        (["relay", "--seed", SEED, "--allow", "x"], "a key has 64"),
+        (["relay", "--seed", SEED, "--max-sessions", "0"], "0 is not in the range"),
+        (["relay", "--seed", SEED, "--max-rate", "1"], "1 is not in the range"),
         (["dht", "--port", "none"], "'none' is not a valid integer range"),
         (["dht", "--nodes", "0"], "0 is not in the range"),
         (["dht", "--nodes", "65"], "65 is not in the range"),
@@ -238,6 +245,22 @@ def test_seed_prints_the_lines_that_people_know(console: Console) -> None:
         assert str(pair(match[1])) == match[2]
         seeds.add(match[1])
     assert len(seeds) == 2
+
+
+# The relay
+
+
+def test_a_relay_and_its_limits(console: Console, tmp_path: Path) -> None:
+    console.accepts("relay", "--seed", SEED, "--bootstrap", LOCAL)
+    assert console.args("listener").key_pair == pair(SEED)
+    assert console.args("listener").allow is console.args("books").allow is None
+    assert console.args("books").limits == RelayLimits()
+    console.accepts("relay", "--seed", SEED, "--max-sessions", "3", "--max-rate", "5000")
+    assert console.args("books").limits == RelayLimits(sessions_per_key=3, rate=5000)
+    (tmp_path / "keys").write_text(f"{OTHER}  # one\n")
+    console.accepts("relay", "--seed", SEED, "--allow", KEY, "--allow", "keys")
+    allowed = frozenset(map(bytes.fromhex, (KEY, OTHER)))
+    assert console.args("listener").allow == console.args("books").allow == allowed
 
 
 # Which seed
@@ -392,6 +415,23 @@ def test_proxy_options(console: Console) -> None:
     assert console.args("resolver").meta["version"] == "3.x"
     console.accepts("proxy", KEY, "-p", "5985", "-r", "couchdb")
     assert console.args("listener").host == "127.0.0.1"
+
+
+def test_blind_relays(console: Console) -> None:
+    first, second = bytes.fromhex(OTHER), bytes.fromhex(THIRD)
+    service = ["service", KEY, "-p", "5984", "-r", "couchdb@3.2.2"]
+    proxy = ["proxy", KEY, "-p", "5985", "-r", "couchdb"]
+    for words in (service, proxy):
+        console.accepts(*words)
+        assert console.args("listener").relay_through == ()
+        console.accepts(*words, "--relay-through", OTHER, "--relay-through", THIRD)
+        assert console.args("listener").relay_through == (first, second)
+    console.accepts(*service)
+    assert console.args("listener").allow_relays == frozenset()
+    console.accepts(*service, "--allow-relay", OTHER, "--allow-relay", THIRD)
+    assert console.args("listener").allow_relays == {first, second}
+    console.accepts(*service, "--allow-relay", OTHER, "--allow-relay", "any")
+    assert console.args("listener").allow_relays is None
 
 
 def test_dht_options(console: Console) -> None:

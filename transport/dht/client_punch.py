@@ -39,6 +39,9 @@ REQUEST_RETRIES = 5
 #: Seconds that a server gets to find out about its NAT before it is asked again, if it did not know
 #: the first time. The reference gives it one.
 UNKNOWN_WAIT = 0.25
+#: Seconds, at least and at most, until a search is tried again for which there was no turn, while a
+#: stream through a blind relay needs it less (spec: hyperdht 5.5).
+TURN_WAIT = (10.0, 20.0)
 #: Answers that nobody could read, after which a message is not repeated any more.
 MAX_UNREADABLE = 3
 
@@ -52,14 +55,17 @@ class ClientPunch:
     One of ``on_path(socket, address, now)`` and ``on_fail(reason, now)`` is called once, unless it
     is cancelled; the reason continues a sentence that begins with the server's key. ``on_busy`` is
     called before ``on_fail`` when nothing but another search keeps it from searching: whoever
-    returns True waits for that one's path and cancels this in the end.
+    returns True waits for that one's path and cancels this in the end. One that is ``patient`` does
+    not ask: it waits for its turn.
     """
 
     __slots__ = (
         "_context",
+        "_delayed",
         "_on_busy",
         "_on_fail",
         "_on_path",
+        "_patient",
         "_pending",
         "_probes",
         "_puncher",
@@ -88,6 +94,7 @@ class ClientPunch:
         *,
         relay: Address,
         server: Address,
+        patient: bool = False,
         on_path: Callable[[int, Address, float], None],
         on_fail: Callable[[str, float], None],
         on_busy: Callable[[str, float], bool],
@@ -105,6 +112,7 @@ class ClientPunch:
         self._server_relay = next(
             (each for each in info.relays if each.relay_address == relay), info.relays[0]
         )
+        self._patient = patient
         self._on_path = on_path
         self._on_fail = on_fail
         self._on_busy = on_busy
@@ -117,6 +125,8 @@ class ClientPunch:
         self._unreadable = 0
         # A relay has not answered: the current message goes through another one.
         self._rerouted = False
+        # There was no turn for its search when the server was to be told of it.
+        self._delayed = False
         self._pending: Pending | None = None
         self._timer: Timer | None = None
         #: Found, failed or cancelled.
@@ -133,9 +143,10 @@ class ClientPunch:
         self._puncher.expect(self.server)
         self._probe(now)
 
-    def cancel(self, now: float) -> None:
-        """Stop, silently. Harmless when it is over."""
-        self._finish(now)
+    def cancel(self, now: float, keep: int | None = None) -> None:
+        """Stop, silently; ``keep`` is a socket that is needed all the same. Harmless when it is
+        over."""
+        self._finish(now, keep)
 
     @property
     def searching(self) -> bool:
@@ -200,7 +211,7 @@ class ClientPunch:
         if puncher.both_random:
             self._give_up(
                 "cannot be reached directly: both sides are behind NATs that use another port for "
-                "every peer (open a UDP port on one side, or connect through a third)",
+                "every peer (open a UDP port on one side, or name a blind relay: --relay-through)",
                 now,
             )
         elif puncher.local.firewall == Firewall.UNKNOWN:
@@ -226,6 +237,9 @@ class ClientPunch:
         if puncher is None:
             return
         if puncher.searching and not puncher.reserve(now):
+            if self._patient:
+                self._wait_for_turn(now)
+                return
             pause = self._context.punches.random_pause(now)
             reason = (
                 "is behind a random NAT, or we are, and only one path at a time is searched "
@@ -234,9 +248,36 @@ class ClientPunch:
             if not self._on_busy(reason, now):
                 self._give_up(reason, now)
             return
-        payload = self._payload(punching=True, token=self._own_token(), remote_token=self._token)
-        # The server's punching socket has a mapping toward this relay since the handshake.
-        self._tell(Relay(self._relay, self.server), payload, self._punched, now)
+        # The server's punching socket has a mapping toward this relay since the handshake; its NAT
+        # may have forgotten it when that was a while ago.
+        relay = self._server_relay if self._delayed else Relay(self._relay, self.server)
+        token = None if self._delayed else self._own_token()
+        payload = self._payload(punching=True, token=token, remote_token=self._token)
+        self._tell(relay, payload, self._punched, now)
+
+    def _wait_for_turn(self, now: float) -> None:
+        """Try again in a while; the server proves where it is now, as it cannot do that later."""
+        if self._puncher is not None:
+            self._puncher.pass_on()
+        rng, timers = self._context.rng, self._context.node.timers
+        self._timer = timers.at(now + rng.uniform(*TURN_WAIT), self._punch)
+        if not self._delayed:
+            self._delayed = True
+            payload = self._payload(settled=True, token=self._own_token(), remote_token=self._token)
+            self._tell(Relay(self._relay, self.server), payload, self._updated, now)
+
+    def _updated(self, payload: HolepunchPayload, _server: Address | None, now: float) -> None:
+        if payload.error:
+            self._refused(payload.error, now)
+        else:
+            self._learn(payload)
+
+    def _learn(self, payload: HolepunchPayload) -> None:
+        proven = payload.remote_token == self._own_token()
+        if self._puncher is not None:
+            self._puncher.learn(
+                payload.firewall, payload.addresses or (), self.server[0] if proven else None
+            )
 
     def _punched(self, payload: HolepunchPayload, _server: Address | None, now: float) -> None:
         puncher = self._puncher
@@ -248,11 +289,12 @@ class ClientPunch:
         if not payload.punching:
             self._give_up("answers, but does not punch", now)
             return
-        proven = payload.remote_token == self._own_token()
-        puncher.learn(payload.firewall, payload.addresses or (), self.server[0] if proven else None)
+        self._learn(payload)
         match puncher.start(now):
             case Started.IMPOSSIBLE:
                 self._give_up("answers, but did not prove where it is: try again", now)
+            case Started.BUSY if self._patient:
+                self._wait_for_turn(now)
             case Started.BUSY:
                 self._give_up("has to wait for another search through a NAT: try again", now)
 
@@ -269,6 +311,7 @@ class ClientPunch:
         self,
         *,
         punching: bool = False,
+        settled: bool = False,
         remote_address: Address | None = None,
         token: bytes | None = None,
         remote_token: bytes | None = None,
@@ -276,7 +319,7 @@ class ClientPunch:
     ) -> HolepunchPayload:
         puncher = self._puncher
         local = UNKNOWN if puncher is None or error else puncher.local
-        if local.firewall == Firewall.RANDOM and not punching:
+        if local.firewall == Firewall.RANDOM and not (punching or settled):
             # A server that is random as well would give up, and not say that this is why.
             local = UNKNOWN
         counter = self._round
@@ -371,7 +414,9 @@ class ClientPunch:
     # The end
 
     def _refused(self, error: int, now: float) -> None:
-        if error == PeerError.TRY_LATER:
+        if error == PeerError.TRY_LATER and self._patient and self._token is not None:
+            self._wait_for_turn(now)
+        elif error == PeerError.TRY_LATER:
             self._fail("is busy with another search through a NAT: try again in 20 s", now)
         else:
             self._fail("has given up looking for a path: its NAT or its limits forbid it", now)
@@ -398,7 +443,7 @@ class ClientPunch:
         self._finish(now)
         self._on_fail(reason, now)
 
-    def _finish(self, now: float) -> None:
+    def _finish(self, now: float, keep: int | None = None) -> None:
         self.done = True
         if self._pending is not None:
             self._pending.cancel()
@@ -406,5 +451,5 @@ class ClientPunch:
         if self._timer is not None:
             self._timer.cancel()
         if self._puncher is not None:
-            self._puncher.close(now)
+            self._puncher.close(now, keep)
             self._puncher = None

@@ -12,11 +12,13 @@ from ..transmit import Address
 from ..udx.mux import Mux
 from ..udx.stream import Stream
 from .limiter import Limiter
-from .messages import Firewall, HolepunchInfo, NoisePayload, UdxInfo
+from .messages import Firewall, HolepunchInfo, NoisePayload, RelayThrough, UdxInfo
 from .node import Node
 from .punches import Punches
+from .relay_client import Relays
 from .router import Router
 from .store import Forwards
+from .timings import Timings
 
 if TYPE_CHECKING:
     from .connect import Attempt
@@ -54,6 +56,8 @@ class Connection:
     stream: Stream
     handshake: Handshake
     remote_address: Address
+    #: None for one that a server has accepted.
+    timings: Timings | None = None
 
 
 @dataclass(slots=True)
@@ -96,7 +100,9 @@ class Context:
         )
     )
     punches: Punches = field(init=False)
-    #: By public key, the least recently used first.
+    #: Blind ones, which carry streams.
+    blind: Relays = field(init=False)
+    #: Nodes of the DHT that forward to a public key, the least recently used first.
     relays: dict[bytes, tuple[Address, ...]] = field(default_factory=dict)
     routes: dict[bytes, Route] = field(default_factory=dict)
     #: Those that are under way.
@@ -106,6 +112,7 @@ class Context:
 
     def __post_init__(self) -> None:
         self.punches = Punches(self.node, self.rng)
+        self.blind = Relays(self.node.timers, self.rng)
 
     @property
     def firewall(self) -> Firewall:
@@ -118,9 +125,21 @@ class Context:
         local = tuple((host, self.node.server_port) for host in self.local_hosts)
         return tuple(dict.fromkeys(((public,) if public else ()) + local))
 
-    def offer(self, stream_id: int, relay_addresses: tuple[Address, ...] | None = None) -> bytes:
+    def offer(
+        self,
+        stream_id: int,
+        relay_addresses: tuple[Address, ...] | None = None,
+        *,
+        punch: HolepunchInfo | None = None,
+        through: RelayThrough | None = None,
+    ) -> bytes:
         """The encoded `NoisePayload` of one who has a UDX stream with this number for the peer, and
-        can be reached by itself or through these relays."""
+        can be reached by itself or through these relays; by punching, if so, and through this blind
+        relay."""
+        if punch is not None or through is not None:
+            payload = self._payload(stream_id, relay_addresses)
+            payload.holepunch, payload.relay_through = punch, through
+            return payload.encode()
         node = self.node
         told = node.remote_address(), node.server_port, relay_addresses
         offer = self._offers.get(told)
@@ -130,14 +149,6 @@ class Context:
                 self._offers.clear()
             offer = self._offers[told] = payload.around_stream_id()
         return offer[0] + encode_uint(stream_id) + offer[1]
-
-    def punch_offer(
-        self, stream_id: int, relay_addresses: tuple[Address, ...] | None, info: HolepunchInfo
-    ) -> bytes:
-        """As `offer`, of a server to which clients have to punch."""
-        payload = self._payload(stream_id, relay_addresses)
-        payload.holepunch = info
-        return payload.encode()
 
     def _payload(self, stream_id: int, relay_addresses: tuple[Address, ...] | None) -> NoisePayload:
         return NoisePayload(

@@ -8,40 +8,50 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from math import inf
 from random import Random, SystemRandom
 from typing import Any, TypeVar
 
 from ..channel import Channel
-from ..errors import Closed, InvalidInput, LocalError, PeerSilent, StreamTimeout
+from ..errors import Closed, LocalError, PeerSilent, StreamTimeout
 from ..keys import KeyPair
 from ..liveness import INTERVAL, Liveness
 from ..machine import ANY_HOST as ANY_HOST
-from ..machine import Machine, clock_of
-from ..transmit import CLIENT_SOCKET, SERVER_SOCKET, Address, Buffer, Transmit
+from ..machine import Machine, clock_of, resolve
+from ..transmit import CLIENT_SOCKET, SERVER_SOCKET, Address, Transmit
 from ..udp import UdpSocket
 from ..udx.mux import Mux
 from ..udx.stream import Stream
+from .examine import Examination, Findings
 from .hyperdht import Attempt, Connection, HyperDHT, HyperDHTConfig
+from .moves import Path
 from .node import NodeConfig
 from .records import Stored
+from .runs import together
 from .server import Server
+from .timings import Timings
 
 T = TypeVar("T")
 
 DEFAULT_PORT = 49737
-#: Datagrams of at most this many bytes are put together, at most so many to a run: what the kernel
-#: takes in one call.
-SMALL = 512
-MAX_RUN = 64
+#: Seconds between two writes, on whatever channels, below which they leave together: in one call
+#: many small datagrams cost little more than one.
+TOGETHER = 0.0001
+#: Seconds. uvloop rounds to this, and rings without end in the half before a time that is awaited.
+TICK = 0.001
 #: Seconds by which a timer must be late to tell that the machine slept, or the program was stopped.
 ASLEEP = 5.0
+#: Seconds between two looks at whether the machine has slept, at least: the timer rings a thousand
+#: times a second where messages go to and fro.
+GLANCE = 0.1
 #: Seconds between two looks at the machine's addresses, at least: there is no timer for them.
 LOOK = 3.0
+#: Seconds without an answer to a heartbeat after which the NATs on the way are suspected.
+ANSWERED = 1.5
 #: Seconds that closing may take to tell the network, before it happens anyway.
 CLOSE_TIMEOUT = 5.0
 
@@ -92,15 +102,21 @@ class Endpoint:
         self._channels: dict[Stream, Channel] = {}
         # Plain bytes of the channels that have ended.
         self._bytes_read = self._bytes_written = 0
+        # When bytes last moved through those that were piped.
+        self._piped_at = -inf
         # The heartbeats of all channels, which one timer serves.
         self._liveness: Liveness[Channel] = Liveness()
         # Those who wait for the network: told when the endpoint closes, as no answer comes then.
         self._waiters: set[asyncio.Future[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = self._armed_at = 0.0
-        # When the machine's addresses are looked at again.
-        self._looks_at = 0.0
+        # The least that timers are set for; loops whose time is not the clock's have coarse ones.
+        self._tick = 0.0 if self._clock == self._loop.time else TICK
+        # When the machine's calendar and its addresses are looked at again.
+        self._glances_at = self._looks_at = 0.0
         self._pumping = False
+        # When something was last written on any channel.
+        self._wrote_at = 0.0
         self._closed = False
 
     @classmethod
@@ -140,6 +156,7 @@ class Endpoint:
             self._rng,
         )
         self._mux = self.core.mux
+        self.core.on_moved.append(self._on_moved)
         self.core.start(
             self._clock(),
             server_port=server_port,
@@ -152,11 +169,19 @@ class Endpoint:
         """Channels that are open now."""
         return len(self._channels)
 
+    @property
+    def piped_at(self) -> float:
+        """When bytes last moved through a channel that is `Channel.piped`, in seconds on the loop's
+        clock; -inf for never."""
+        living = (each.moved_at for each in self._channels.values() if each.piped)
+        return max((self._piped_at, *living))
+
     def metrics(self) -> dict[str, int]:
         """What was counted since the start, and what is held now, by dotted names: ``udx.*`` and
         ``dht.*`` count datagrams (`udx.stream.Stats`, `dht.rpc.Stats`), ``punch.*`` what gets
-        through NATs (`dht.punches.Stats`), ``bytes.*`` plain bytes of all channels, ``*.dropped``
-        what a limit kept from being done."""
+        through NATs (`dht.punches.Stats`), ``relayed.*`` streams that began at a blind relay
+        (`dht.relay_client.Stats`), ``peers.moved`` peers that were followed to another address,
+        ``bytes.*`` plain bytes of all channels, ``*.dropped`` what a limit kept from being done."""
         core, living = self.core, self._channels.values()
         values = {
             "channels": len(living),
@@ -165,6 +190,9 @@ class Endpoint:
             "udp.dropped": self._dropped + sum(udp.dropped for udp in self._sockets.values()),
             "punch.sockets": len(core.punches.sockets),
             "punch.under_way": len(core.punches),
+            "relayed.relays": len(core.blind),
+            "relayed.pairs": core.blind.pairs,
+            "peers.moved": core.moves.moved,
             "router.dropped": core.router.dropped,
             "store.dropped": core.store.dropped,
             "udx.streams": len(core.mux),
@@ -173,6 +201,7 @@ class Endpoint:
             ("udx", core.mux.stats),
             ("dht", core.node.stats),
             ("punch", core.punches.stats),
+            ("relayed", core.blind.stats),
         )
         for name, stats in counted:
             for field in fields(stats):
@@ -192,13 +221,33 @@ class Endpoint:
             self.core.on_ready.append(tell)
             await self._answer(waiter)
 
-    async def connect(self, public_key: bytes, *, key_pair: KeyPair | None = None) -> Channel:
-        """A channel to whoever listens under the 32-byte key. It has no protocol yet: whoever gets
-        it sets one. Raises `ConnectError` when nobody can be reached, `InvalidInput` for a key that
-        cannot be one, `Closed` if the endpoint closes. Cancelling abandons the attempt."""
+    async def examine(self) -> Findings:
+        """What this host looks like from outside, which takes some 4 seconds once it is `ready`.
+        Raises `Closed` if the endpoint closes."""
+        waiter: asyncio.Future[Findings] = self._waiter()
+
+        def found(findings: Findings, _now: float) -> None:
+            if not waiter.done():
+                waiter.set_result(findings)
+
+        Examination(self.core.node, self._machine.hosts, found).start(self._clock())
+        self.wake()
+        return await self._answer(waiter)
+
+    async def connect(
+        self,
+        public_key: bytes,
+        *,
+        key_pair: KeyPair | None = None,
+        relay_through: tuple[bytes, ...] = (),
+    ) -> Channel:
+        """A channel to whoever listens under the 32-byte key; if need be it begins at one of these
+        blind relays (`HyperDHT.connect`). It has no protocol yet: whoever gets it sets one. Raises
+        `ConnectError` when nobody can be reached, `InvalidInput` for a key that cannot be one,
+        `Closed` if the endpoint closes. Cancelling abandons the attempt."""
         waiter: asyncio.Future[Channel] = self._waiter()
 
-        def opened(channel: Channel) -> None:
+        def opened(channel: Channel, _timings: Timings | None) -> None:
             if waiter.done():
                 channel.abort()
             else:
@@ -208,7 +257,7 @@ class Endpoint:
             if not waiter.done():
                 waiter.set_exception(error)
 
-        attempt = self.dial(public_key, key_pair, opened, failed)
+        attempt = self.dial(public_key, key_pair, opened, failed, relay_through)
         try:
             return await self._answer(waiter)
         except asyncio.CancelledError:
@@ -222,8 +271,9 @@ class Endpoint:
         self,
         public_key: bytes,
         key_pair: KeyPair | None,
-        on_open: Callable[[Channel], None],
+        on_open: Callable[[Channel, Timings | None], None],
         on_error: Callable[[Exception], None],
+        relay_through: tuple[bytes, ...] = (),
     ) -> Attempt:
         """`connect` without a task: one of the callbacks is called, never before this returns,
         unless the attempt is cancelled or the endpoint closes. Raises `InvalidInput` for a key that
@@ -233,13 +283,18 @@ class Endpoint:
 
         def opened(connection: Connection, _now: float) -> None:
             # Here and not when somebody gets to it: the stream may change in between.
-            on_open(self._channel(connection))
+            on_open(self._channel(connection), connection.timings)
 
         def failed(error: Exception, _now: float) -> None:
             on_error(error)
 
         attempt = self.core.connect(
-            public_key, self._clock(), key_pair=key_pair, on_open=opened, on_error=failed
+            public_key,
+            self._clock(),
+            key_pair=key_pair,
+            relay_through=relay_through,
+            on_open=opened,
+            on_error=failed,
         )
         self._send_early(self._clock())
         self.wake()
@@ -251,9 +306,13 @@ class Endpoint:
         on_channel: Callable[[Channel], None],
         *,
         allow: frozenset[bytes] | None = None,
+        relay_through: tuple[bytes, ...] = (),
+        allow_relays: frozenset[bytes] | None = frozenset(),
     ) -> Listener:
         """Announce the key and accept. ``allow`` is the set of client keys that get an answer at
-        all; None admits everybody. Returns once the first announcements are out. Raises
+        all; None admits everybody. ``relay_through`` are the keys of blind relays at which channels
+        may begin, ``allow_relays`` those that only clients name; None stands for all
+        (`HyperDHT.listen`). Returns once the first announcements are out. Raises
         `InvalidInput` for a key that listens already, `Closed` if the endpoint closes."""
         waiter: asyncio.Future[None] = self._waiter()
 
@@ -271,6 +330,8 @@ class Endpoint:
             key_pair,
             self._clock(),
             firewall=rejects,
+            relay_through=relay_through,
+            allow_relays=allow_relays,
             on_connection=connected,
             on_listening=listening,
         )
@@ -409,7 +470,7 @@ class Endpoint:
             self._send(transmits)
 
     def _send(self, transmits: list[Transmit]) -> None:
-        for transmit in transmits if len(transmits) == 1 else _together(transmits):
+        for transmit in transmits if len(transmits) == 1 else together(transmits):
             udp = self._sockets.get(transmit.socket)
             if udp is not None:
                 udp.send(transmit)
@@ -452,7 +513,8 @@ class Endpoint:
             timer.cancel()
         self._rings_at = deadline
         self._armed_at = self._clock()
-        self._timer = self._loop.call_at(deadline, self._ring)
+        delay = max(deadline - self._armed_at, self._tick)
+        self._timer = self._loop.call_later(delay, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
@@ -466,6 +528,9 @@ class Endpoint:
         """See whether the machine has slept, and whether it is where it was."""
         # What was overdue when the timer was set is our own delay.
         late = now - max(self._rings_at, self._armed_at)
+        if now < self._glances_at and late < ASLEEP:
+            return
+        self._glances_at = now + GLANCE
         if late + self._machine.slept(now) > ASLEEP:
             self._liveness.woke(now)
             self.core.woke_up(now)
@@ -475,6 +540,9 @@ class Endpoint:
         elsewhere = self._machine.look()
         if elsewhere is not None:
             self.core.moved(self._machine.hosts, now, elsewhere=elsewhere)
+            if elsewhere:
+                # What they hear from us tells our peers where we are.
+                self._liveness.woke(now)
 
     def _look_at_peers(self, now: float) -> None:
         deadline = self._liveness.deadline()
@@ -483,8 +551,20 @@ class Endpoint:
         beating, dead = self._liveness.look(now)
         for channel in beating:
             channel.keep_alive()
+        if beating:
+            self._loop.call_later(ANSWERED, self._look_at_answers, beating, now)
         for channel, silence in dead:
             channel.fail(PeerSilent(silence))
+
+    def _look_at_answers(self, asked: list[Channel], since: float) -> None:
+        """See who has not answered."""
+        if self._closed:
+            return
+        now = self._clock()
+        for channel in asked:
+            if self._liveness.silence(channel, now) >= now - since:
+                self.core.silent(channel.remote_public_key, now)
+        self.wake()
 
     # Channels
 
@@ -503,13 +583,30 @@ class Endpoint:
         self._liveness.add(channel, peer, self._clock())
         return channel
 
-    def _wrote(self, channel: Channel) -> None:
-        self._liveness.wrote(channel, self._clock())
+    def _on_moved(self, public_key: bytes, home: Path, path: Path, now: float) -> None:
+        self._liveness.regroup((*home, public_key), (*path, public_key), now)
+
+    def _wrote(self, channel: Channel) -> bool:
+        """Send at once what is small and comes alone: the pump may do the rest later. Takes 50 us
+        off each way of a message that somebody waits for."""
+        now = self._clock()
+        alone, self._wrote_at = now - self._wrote_at > TOGETHER, now
+        udp = self._sockets.get(channel.stream.socket)
+        done = (
+            alone
+            and not self._pumping
+            and udp is not None
+            and self._mux.transmit_next(channel.stream, now, udp.send)
+        )
+        self._liveness.wrote(channel, now)
+        return done
 
     def _forget(self, channel: Channel) -> None:
         self._channels.pop(channel.stream, None)
         self._bytes_read += channel.bytes_read
         self._bytes_written += channel.bytes_written
+        if channel.piped:
+            self._piped_at = max(self._piped_at, channel.moved_at)
         if isinstance(channel.stream.error, StreamTimeout):
             for other in self._liveness.timed_out(channel, self._clock()):
                 other.keep_alive()
@@ -546,67 +643,6 @@ class Listener:
         """As `close`, without waiting for the network."""
         self._server.close(self._endpoint.now(), lambda _now: None)
         self._endpoint.wake()
-
-
-async def resolve(bootstrap: Sequence[str]) -> tuple[Address, ...]:
-    """IPv4 addresses of ``host:port`` or ``ip@name:port`` entries; a name that does not resolve is
-    left out as long as another entry is left. Raises `InvalidInput` for a text of another form."""
-    loop = asyncio.get_running_loop()
-    addresses: list[Address] = []
-    unresolved = ""
-    for text in bootstrap:
-        host, port = parse_address(text)
-        try:
-            found = await loop.getaddrinfo(host, port, family=socket.AF_INET)
-        except (OSError, UnicodeError):  # of names that cannot be one
-            unresolved = host
-            continue
-        addresses.append((str(found[0][4][0]), port))
-    if unresolved and not addresses:
-        raise LocalError(f"bootstrap node {unresolved} has no address: check the name and the DNS")
-    return tuple(addresses)
-
-
-def parse_address(text: str) -> Address:
-    """Host and port of ``host:port`` or ``ip@name:port`` (then the ip). Raises `InvalidInput`."""
-    host, separator, port = text.strip().rpartition(":")
-    host = host.partition("@")[0]
-    valid = separator and host and port.isdecimal() and len(port) <= 5
-    if not valid or not 0 < int(port) < 65536:
-        raise InvalidInput(f"{text!r} is not HOST:PORT with a port from 1 to 65535")
-    return host, int(port)
-
-
-def _together(transmits: list[Transmit]) -> Iterator[Transmit]:
-    """The same datagrams in the same order, but those of one size for one address in a row (ACKs
-    and keep-alives of many streams between two nodes) as one run."""
-    start = 0
-    while start < len(transmits):
-        first = transmits[start]
-        end = start + 1
-        size = _alike(first)
-        buffers: tuple[Buffer, ...] = first.buffers
-        while end < len(transmits) and end - start < MAX_RUN and size:
-            other = transmits[end]
-            if other.address != first.address or other.socket != first.socket:
-                break
-            if _alike(other) != size:
-                break
-            buffers += other.buffers
-            end += 1
-        start = end
-        if len(buffers) == len(first.buffers):
-            yield first
-        else:
-            yield Transmit(first.socket, first.address, buffers, size)
-
-
-def _alike(transmit: Transmit) -> int:
-    """The bytes of a single small datagram; 0 for any other transmit."""
-    if transmit.segment or transmit.may_fragment or transmit.ttl or len(transmit.buffers) > 4:
-        return 0
-    size = sum(map(len, transmit.buffers))
-    return size if size <= SMALL else 0
 
 
 def _closed() -> Closed:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 from ..errors import Closed, InvalidInput, LocalError
@@ -18,11 +19,13 @@ from ..keys import KeyPair
 from ..transmit import Address, Transmit
 from ..udx.mux import Mux
 from .connect import Attempt
-from .context import Connection, Context
+from .context import Connection, Context, Route
 from .messages import PLUGIN, UNKNOWN_COMMAND
+from .moves import Moves, Path
 from .node import Node, NodeConfig
 from .punches import PUNCH
 from .records import Records
+from .reopen import Reopener
 from .router import Router
 from .server import Server
 from .store import Forwards, Store
@@ -59,10 +62,14 @@ class HyperDHT:
     __slots__ = (
         "_closing",
         "_context",
+        "_reopener",
         "_servers",
+        "blind",
         "key_pair",
+        "moves",
         "mux",
         "node",
+        "on_moved",
         "on_network_change",
         "on_ready",
         "punches",
@@ -85,8 +92,17 @@ class HyperDHT:
         #: Each is called with the time: reachability or identity of this node has changed.
         self.on_network_change: list[Callable[[float], None]] = []
         self._context = Context(self.node, self.mux, rng, self.router, forwards, config.local_hosts)
+        #: Blind relays that streams run through.
+        self.blind = self._context.blind
+        self.blind.dial = self._dial_relay
         #: What goes on to get through NATs.
         self.punches = self._context.punches
+        #: Where the peers of open connections are.
+        self.moves = Moves(self.node.timers, rng, self._on_moved)
+        #: Each is called with the peer's key, where it was, where it is, and the time: connections
+        #: with it go on there.
+        self.on_moved: list[Callable[[bytes, Path, Path, float], None]] = []
+        self._reopener = Reopener(self._context, self.moves)
         self._servers: dict[bytes, Server] = {}
         self._closing = False
         self.node.on_request = self._on_request
@@ -104,11 +120,13 @@ class HyperDHT:
         *,
         key_pair: KeyPair | None = None,
         relay_addresses: tuple[Address, ...] = (),
+        relay_through: tuple[bytes, ...] = (),
         on_open: Callable[[Connection, float], None],
         on_error: Callable[[Exception, float], None],
     ) -> Attempt:
         """Connect to whoever listens under the 32-byte key; the nodes at ``relay_addresses`` are
-        asked first.
+        asked first. Where there is no direct path at once, the stream begins at one of the blind
+        relays with the keys ``relay_through``, or at one that the server names.
 
         One of the callbacks is called, never before this returns: ``on_open`` when a path is
         decided on, which only received data proves, or ``on_error`` with a `ConnectError`. Raises
@@ -118,14 +136,36 @@ class HyperDHT:
         self._check_open()
         if len(self._context.attempts) >= MAX_ATTEMPTS:
             raise LocalError(f"{MAX_ATTEMPTS} connects are under way: wait for some to end")
+        identity = key_pair or self.key_pair
         attempt = Attempt(
             self._context,
             public_key,
-            key_pair or self.key_pair,
+            identity,
+            on_open=partial(self._on_opened, identity, on_open),
+            on_error=on_error,
+        )
+        attempt.start(relay_addresses, now, relay_through=relay_through)
+        return attempt
+
+    def _dial_relay(
+        self,
+        public_key: bytes,
+        now: float,
+        *,
+        on_open: Callable[[Connection, float], None],
+        on_error: Callable[[Exception, float], None],
+    ) -> Attempt:
+        """As `connect`, to a blind relay, and through none."""
+        self._check_open()
+        attempt = Attempt(
+            self._context,
+            public_key,
+            self.key_pair,
+            relayable=False,
             on_open=on_open,
             on_error=on_error,
         )
-        attempt.start(relay_addresses, now)
+        attempt.start((), now)
         return attempt
 
     def listen(
@@ -134,15 +174,22 @@ class HyperDHT:
         now: float,
         *,
         firewall: Callable[[bytes, Address], bool] | None = None,
+        relay_through: tuple[bytes, ...] = (),
+        allow_relays: frozenset[bytes] | None = frozenset(),
         on_connection: Callable[[Connection, float], None],
         on_listening: Callable[[float], None] | None = None,
     ) -> Server:
         """Accept connections for a key pair, and announce it until the server is closed.
 
-        ``firewall(remote public key, client address)`` returns True to REJECT: such a client gets
-        no answer at all. ``on_listening`` is called once, as soon as somebody can find the server.
-        Raises `InvalidInput` if the key listens already, `LocalError` beyond `MAX_SERVERS`,
-        `Closed` after `close`.
+        ``firewall(remote public key, client address)`` returns True to REJECT: such a client is
+        told that, and nothing else. Streams for which there is no direct path at once begin at
+        one of the blind relays with the keys ``relay_through``. A relay that a client names is used
+        only if it is among those or ``allow_relays``, where None stands for every relay: we connect
+        to it as to any server, and a stranger shall not choose whom we connect to.
+
+        ``on_listening`` is called once, as soon as somebody can find the server. Raises
+        `InvalidInput` if the key listens already, `LocalError` beyond `MAX_SERVERS`, `Closed` after
+        `close`.
         """
         self._check_open()
         if key_pair.public_key in self._servers:
@@ -153,7 +200,9 @@ class HyperDHT:
             self._context,
             key_pair,
             firewall=firewall,
-            on_connection=on_connection,
+            relay_through=relay_through,
+            allow_relays=allow_relays,
+            on_connection=partial(self._on_connection, on_connection),
             on_listening=on_listening,
             on_close=self._forget,
         )
@@ -171,6 +220,7 @@ class HyperDHT:
     def woke_up(self, now: float) -> None:
         """The machine slept, or the program was stopped: announce again, and see who is still there
         and where we are."""
+        self.blind.woke_up(now)
         self.node.woke_up(now)
 
     def moved(self, local_hosts: tuple[str, ...], now: float, *, elsewhere: bool) -> None:
@@ -183,6 +233,12 @@ class HyperDHT:
         else:
             self._on_network_change(now)
 
+    def silent(self, public_key: bytes, now: float) -> None:
+        """Nothing was heard for a while on the open connections with this peer: if we have opened
+        them, NATs that have forgotten us are opened again."""
+        if not self._closing:
+            self._reopener.silent(public_key, now)
+
     def close(self, now: float, on_closed: Callable[[float], None]) -> None:
         """Give up all connects and unannounce all servers; ``on_closed`` is called when the relays
         have been told, at once if there are none. Streams stay: their owners close them."""
@@ -190,6 +246,7 @@ class HyperDHT:
         for attempt in list(self._context.attempts):
             attempt.cancel(now)
         self.punches.close()
+        self.blind.close(now)
         servers = list(self._servers.values())
         left = len(servers)
 
@@ -229,6 +286,7 @@ class HyperDHT:
     def transmits(self, now: float) -> list[Transmit]:
         """What is to be sent now; the answer to a handshake before the stream's first bytes, and a
         punch before the answer that tells of it."""
+        self.blind.pump(now)
         punches = self.punches
         if not punches.outbox:
             return self.node.transmits(now) + self.mux.transmits(now)
@@ -280,6 +338,33 @@ class HyperDHT:
                 # A plugin that is not there does not answer (spec: hyperdht 3.2).
                 return
         self.node.reply(request, now, error=UNKNOWN_COMMAND, token=False)
+
+    def _on_opened(
+        self,
+        identity: KeyPair,
+        on_open: Callable[[Connection, float], None],
+        connection: Connection,
+        now: float,
+    ) -> None:
+        self._reopener.remember(connection.handshake.remote_public_key, identity)
+        self._on_connection(on_open, connection, now)
+
+    def _on_connection(
+        self, on_open: Callable[[Connection, float], None], connection: Connection, now: float
+    ) -> None:
+        self.moves.watch(connection.stream, connection.handshake)
+        on_open(connection, now)
+
+    def _on_moved(self, public_key: bytes, home: Path, path: Path, now: float) -> None:
+        context = self._context
+        route = context.routes.get(public_key)
+        if route is not None and (route.socket, route.address) == home:
+            context.remember_route(public_key, Route(*path, route.punched))
+        for stream in self.moves.streams(public_key):
+            if (stream.socket, stream.address) == path:
+                self.punches.sockets.hold(stream.socket, stream, now)
+        for listener in list(self.on_moved):
+            listener(public_key, home, path, now)
 
     def _on_ready(self, now: float) -> None:
         for server in list(self._servers.values()):

@@ -236,6 +236,10 @@ class Puncher:
         """Make sure of the node's search before the other side is told of it."""
         return self._punches.reserve(self, now)
 
+    def pass_on(self) -> None:
+        """Let others search as long as this one does not."""
+        self._punches.pass_on(self)
+
     def start(self, now: float) -> Started:
         """Punch until something comes through or all has been tried. Twice is once."""
         if self.punching:

@@ -176,6 +176,11 @@ class Punches:
         self._random = puncher
         return True
 
+    def pass_on(self, puncher: Puncher) -> None:
+        """It does not search yet, though it could."""
+        if self._random is puncher and not puncher.punching:
+            self._random = None
+
     def reserved(self, puncher: Puncher) -> bool:
         return self._random is puncher
 

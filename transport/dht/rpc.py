@@ -52,6 +52,7 @@ class Pending:
         "_engine",
         "_timer",
         "attempts",
+        "began",
         "datagram",
         "done",
         "force",
@@ -94,6 +95,7 @@ class Pending:
         #: Called once, after the first timeout, if more transmissions follow.
         self.on_slow: Callable[[float], None] | None = None
         self.attempts = 0
+        self.began = 0.0
         self.sent_at = 0.0
         self.done = False
 
@@ -148,6 +150,7 @@ class Engine:
             pending.arm(self._timers.at(now, partial(self._finish, pending, None)))
             return
         self._by_tid[pending.tid] = pending
+        pending.began = now
         self.stats.requests += 1
         self._transmit(pending, now)
 
@@ -159,6 +162,7 @@ class Engine:
             self.stats.unmatched += 1
             return None
         reply.rtt = now - pending.sent_at
+        reply.waited = now - pending.began
         self.stats.responses += 1
         self.forget(pending)
         return pending

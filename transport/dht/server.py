@@ -4,7 +4,8 @@ What becomes of a handshake (spec: hyperdht 4.2; "client" is its sender as we or
 
     client OPEN, or no relay between   -> connect to it at once
     we are OPEN, or on its machine     -> wait 10 s for its first packet, from wherever
-    otherwise                          -> the same, and punch when it asks for that
+    otherwise                          -> the same, and punch when it asks for that; meanwhile begin
+                                          at a blind relay, if we have one or agree to the client's
 
 The socket that punches is the one that is announced: a relay's word for where we are holds for
 both, and no handshake costs a socket.
@@ -21,10 +22,11 @@ from functools import partial
 from .. import keys
 from ..errors import DecodeError, HandshakeError
 from ..keys import KeyPair, blake2b
-from ..noise import MESSAGE_1_OVERHEAD, Responder
+from ..noise import MESSAGE_1_OVERHEAD, Handshake, Responder
 from ..transmit import Address
 from ..udx.stream import Stream
 from .announcer import Announcer
+from .blind_relay import PAIR_SECONDS
 from .context import Connection, Context, admit
 from .messages import (
     VERSION,
@@ -34,10 +36,14 @@ from .messages import (
     PeerError,
     PeerRecord,
     Relay,
+    RelayThrough,
 )
 from .punch import CYCLE_EVERY, ROUNDS, TRIES
+from .relay_client import Pair
+from .relayed import Relayed
 from .router import Incoming, IncomingPunch, PunchAnswer
 from .server_punch import ServerPunch
+from .server_relay import Relaying
 from .timers import Timer
 
 #: Seconds that a client has to send its first packet.
@@ -46,6 +52,9 @@ HANDSHAKE_WAIT = 10.0
 #: long as either side may go on.
 PUNCH_WAIT = ROUNDS + 2.0
 SEARCH_WAIT = TRIES * CYCLE_EVERY + 5.0
+#: Seconds for which a stream that runs through a relay is punched for, from its client's last word:
+#: that waits up to 20 s for its turn (spec: hyperdht 5.5).
+UPGRADE_WAIT = 60.0
 #: Seconds that a finished handshake is remembered, so that late copies get the same answer.
 HANDSHAKE_MEMORY = 10.0
 #: Handshakes whose client has not sent anything yet: each has a stream.
@@ -71,7 +80,7 @@ class Stats:
     copies: int = 0
     #: Bytes that are no handshake of this protocol.
     malformed: int = 0
-    #: Refused by the firewall hook.
+    #: Refused by the firewall hook, and told so.
     rejected: int = 0
     #: Beyond a limit of ours.
     limited: int = 0
@@ -95,6 +104,8 @@ class _Session:
     #: Where messages about punching go, and the number they carry.
     punch: ServerPunch | None = None
     number: int = 0
+    #: What we want of a blind relay, or what the stream runs through.
+    pair: Pair | None = None
 
 
 class Server:
@@ -114,6 +125,7 @@ class Server:
         "_on_connection",
         "_on_listening",
         "_own_relays",
+        "_relaying",
         "_sessions",
         "_waiting",
         "_waiting_by_key",
@@ -126,6 +138,8 @@ class Server:
         key_pair: KeyPair,
         *,
         firewall: Callable[[bytes, Address], bool] | None,
+        relay_through: tuple[bytes, ...] = (),
+        allow_relays: frozenset[bytes] | None = frozenset(),
         on_connection: Callable[[Connection, float], None],
         on_listening: Callable[[float], None] | None,
         on_close: Callable[[Server], None],
@@ -133,6 +147,7 @@ class Server:
         self._context = context
         self._key_pair = key_pair
         self._firewall = firewall
+        self._relaying = Relaying(context, relay_through, allow_relays)
         self._on_connection = on_connection
         self._on_listening = on_listening
         self._on_close = on_close
@@ -188,9 +203,12 @@ class Server:
         self._context.forwards.unserve(self.target)
         if self._forgetting is not None:
             self._forgetting.cancel()
+        self._relaying.let_go()
         for session in self._sessions.values():
             if session.punch is not None:
                 session.punch.close(now)
+            if session.pair is not None and not session.pair.paired:
+                self._unpair(session, now)
             if session.timer is not None and session.stream is not None:
                 session.timer.cancel()
                 session.stream.destroy(now)
@@ -199,6 +217,7 @@ class Server:
         self._announcer.close(now, on_closed)
 
     def _announced(self, now: float) -> None:
+        self._relaying.hold(now)
         on_listening, self._on_listening = self._on_listening, None
         if on_listening is not None:
             on_listening(now)
@@ -261,13 +280,15 @@ class Server:
             context.client_garbage.take(incoming.client_address[0], now)
             context.sender_garbage.take(incoming.sender[0], now)
             return False
+        error = PeerError.NONE
         if self._firewall is not None and self._firewall(
             responder.remote_public_key, incoming.client_address
         ):
+            # The reference is silent here, and its client waits for 4 to 8 s (spec: hyperdht 9.1,
+            # pitfall 14). All that a stranger learns is that it may not come in.
             self.stats.rejected += 1
-            return False
-        error = PeerError.NONE
-        if payload.version != VERSION:
+            error = PeerError.ABORTED
+        elif payload.version != VERSION:
             error = PeerError.VERSION_MISMATCH
         elif payload.udx is None:
             error = PeerError.ABORTED
@@ -280,8 +301,11 @@ class Server:
         punchable = stream is not None and not goes_straight and self._punchable(incoming)
         if punchable:
             self._number(session)
+        through, ours = None, False
+        if stream is not None and not goes_straight:
+            through, ours = self._relaying.choose(payload.relay_through, now)
         session.answer, handshake = responder.message(
-            self._payload(error, stream, session if punchable else None)
+            self._payload(error, stream, session if punchable else None, through if ours else None)
         )
         answer(session.answer)
         if stream is None or payload.udx is None:
@@ -312,6 +336,9 @@ class Server:
                 partial(self._punching, session, name),
             )
         self._wait(session, name, key, stream, adopt, now)
+        if through is not None:
+            on_paired = partial(self._paired, session, name, stream, remote_id, handshake)
+            self._pair(session, name, stream, through, ours, on_paired, now)
         return True
 
     def _wait(
@@ -326,6 +353,9 @@ class Server:
         """Connect with the client's first packet, from wherever it comes."""
 
         def first_packet(_stream: Stream, socket: int, source: Address, now: float) -> bool:
+            if session.pair is not None and session.pair.carries(socket, source):
+                # It was faster than the relay's word that we are paired.
+                return True
             adopt(socket, source, now)
             return True
 
@@ -337,8 +367,8 @@ class Server:
 
     def _give_up_at(self, when: float, session: _Session, name: bytes) -> None:
         def give_up(now: float) -> None:
-            self.stats.abandoned += 1
             if session.stream is not None:
+                self.stats.abandoned += 1
                 session.stream.destroy(now)
             self._finish(name, now)
 
@@ -346,19 +376,89 @@ class Server:
             session.timer.cancel()
         session.timer = self._context.node.timers.at(when, give_up)
 
-    def _payload(self, error: PeerError, stream: Stream | None, numbered: _Session | None) -> bytes:
+    def _payload(
+        self,
+        error: PeerError,
+        stream: Stream | None,
+        numbered: _Session | None,
+        through: RelayThrough | None,
+    ) -> bytes:
         if stream is None:
             return NoisePayload(error=error).encode()
-        relay_addresses = self._relay_addresses() or None
-        if numbered is None:
-            return self._context.offer(stream.local_id, relay_addresses)
-        info = HolepunchInfo(numbered.number, self._announcer.relays)
-        return self._context.punch_offer(stream.local_id, relay_addresses, info)
+        info = None
+        if numbered is not None:
+            info = HolepunchInfo(numbered.number, self._announcer.relays)
+        addresses = self._relay_addresses() or None
+        return self._context.offer(stream.local_id, addresses, punch=info, through=through)
 
     def _relay_addresses(self) -> tuple[Address, ...]:
         own = self._context.node.remote_address()
         relays = tuple(relay.relay_address for relay in self._announcer.relays)
         return (((own,) if own else ()) + relays)[:MAX_RELAY_ADDRESSES]
+
+    # Through a blind relay
+
+    def _pair(
+        self,
+        session: _Session,
+        name: bytes,
+        stream: Stream,
+        through: RelayThrough,
+        ours: bool,
+        on_paired: Callable[[int, Address, int, float], None],
+        now: float,
+    ) -> None:
+        def lost(_reason: str, now: float) -> None:
+            self._unpair(session, now)
+
+        session.pair = self._relaying.pair(
+            through, ours, stream, now, on_paired=on_paired, on_lost=lost
+        )
+        if session.pair is None:
+            self.stats.limited += 1
+            return
+        if session.punch is not None:
+            session.punch.patient = True
+        self._give_up_at(now + max(HANDSHAKE_WAIT, PAIR_SECONDS), session, name)
+
+    def _paired(
+        self,
+        session: _Session,
+        name: bytes,
+        stream: Stream,
+        remote_id: int,
+        handshake: Handshake,
+        socket: int,
+        address: Address,
+        relay_id: int,
+        now: float,
+    ) -> None:
+        """The relay has joined our stream with the client's: it is as good as any other. Punching
+        goes on."""
+        pair = session.pair
+        if pair is None or session.stream is None or stream.closed:
+            self._unpair(session, now)
+            return
+
+        def direct(socket: int, now: float) -> None:
+            self._finish(name, now, keep=socket)
+
+        def over(now: float) -> None:
+            self._unpair(session, now)
+            self._finish(name, now)
+
+        session.stream = None
+        self._stop_waiting(session)
+        relayed = Relayed(self._context, stream, remote_id, pair, on_direct=direct, on_over=over)
+        relayed.open(socket, address, relay_id, now)
+        self._give_up_at(now + UPGRADE_WAIT, session, name)
+        self.stats.accepted += 1
+        self._on_connection(Connection(stream, handshake, address), now)
+
+    def _unpair(self, session: _Session, now: float) -> None:
+        if session.pair is not None:
+            self._relaying.release(session.pair, now)
+            session.pair = None
 
     # Punching
 
@@ -399,7 +499,10 @@ class Server:
 
     def _punching(self, session: _Session, name: bytes, searching: bool, now: float) -> None:
         """Punching goes on: the client's first packet may take that long."""
-        self._give_up_at(now + (SEARCH_WAIT if searching else PUNCH_WAIT), session, name)
+        wait = SEARCH_WAIT if searching else PUNCH_WAIT
+        if session.pair is not None:
+            wait = max(wait, UPGRADE_WAIT)
+        self._give_up_at(now + wait, session, name)
 
     def _number(self, session: _Session) -> None:
         # The lowest that is free (spec: hyperdht 4.2, step 2).
@@ -415,26 +518,33 @@ class Server:
         if session is None:
             return
         session.stream = None
+        if session.pair is not None and not session.pair.paired:
+            self._unpair(session, now)
         if session.punch is not None:
             session.punch.close(now, keep)
             session.punch = None
         if self._numbered.get(session.number) is session:
             del self._numbered[session.number]
             heapq.heappush(self._free, session.number)
-        if session.key is not None:
-            left = self._waiting_by_key[session.key] - 1
-            if left:
-                self._waiting_by_key[session.key] = left
-            else:
-                del self._waiting_by_key[session.key]
-            session.key = None
+        self._stop_waiting(session)
         if session.timer is not None:
             session.timer.cancel()
             session.timer = None
-            self._waiting -= 1
         self._finished.append((now + HANDSHAKE_MEMORY, name))
         if self._forgetting is None:
             self._forgetting = self._context.node.timers.at(now + HANDSHAKE_MEMORY, self._forget)
+
+    def _stop_waiting(self, session: _Session) -> None:
+        """Its client has come, or will not."""
+        key, session.key = session.key, None
+        if key is None:
+            return
+        self._waiting -= 1
+        left = self._waiting_by_key[key] - 1
+        if left:
+            self._waiting_by_key[key] = left
+        else:
+            del self._waiting_by_key[key]
 
     def _forget(self, now: float) -> None:
         finished = self._finished

@@ -39,6 +39,7 @@ class ServerPunch:
         "_unanswered",
         "_wants_punching",
         "closed",
+        "patient",
     )
 
     def __init__(
@@ -62,6 +63,8 @@ class ServerPunch:
         # The client's word in its latest message.
         self._wants_punching = False
         self._unanswered = 0
+        #: A stream through a blind relay goes on, or may begin, meanwhile.
+        self.patient = False
         self.closed = False
 
     def close(self, now: float, keep: int | None = None) -> None:
@@ -142,9 +145,12 @@ class ServerPunch:
         if puncher.local.consistent and payload.remote_address in puncher.local.addresses:
             # The client has opened its NAT toward us: one punch, and it can begin.
             puncher.knock(incoming.client_address, now)
+        error = PeerError.NONE
         if self._wants_punching and not puncher.punching:
             started = puncher.start(now)
-            if started is not Started.YES:
+            if started is Started.BUSY and self.patient:
+                error = PeerError.TRY_LATER
+            elif started is not Started.YES:
                 busy = started is Started.BUSY
                 self._refuse(PeerError.TRY_LATER if busy else PeerError.ABORTED, answer, now)
                 return
@@ -152,6 +158,7 @@ class ServerPunch:
         own_relay = incoming.sender in self._own_relays()
         token = host_token(incoming.client_address[0], self._token_secret) if own_relay else None
         reply = HolepunchPayload(
+            error=error,
             firewall=puncher.local.firewall,
             round=self._round,
             punching=puncher.punching,

@@ -82,8 +82,10 @@ class Reply:
     #: The socket it arrived on; not always the one the request left from (PING_NAT).
     socket: int
     tid: int
-    #: Seconds since the last transmission of the request; 0 until it is matched with one.
+    #: Seconds since the last transmission of the request, and since it was made; 0 until it is
+    #: matched with one.
     rtt: float = 0.0
+    waited: float = 0.0
 
 
 def encode_request(

@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ..errors import Broken, StreamReset, StreamTimeout
 from ..transmit import Address, Buffer, Transmit
 from . import packet as wire
 from .packet import SEQ_MASK, Packet, PacketRun, expand
 from .receive import Receiver
-from .sender import MAX_TIMEOUTS, Sender
+from .sender import MAX_TIMEOUTS, MIN_PROBE_TIMEOUT, Sender
 
 if TYPE_CHECKING:
-    from .stream import Firewall
+    from .stream import Firewall, Stream
 
 #: Messages kept for the reader, and for the next `transmits`; older ones are dropped.
 MAX_MESSAGES = 64
@@ -29,8 +30,16 @@ MAX_MESSAGE_BYTES = 2028
 #: more, or for data of ours to carry it: the peer's tail-loss probe allows 2 ms (spec: udx 4.2).
 ACK_EVERY = 64
 ACK_DELAY = 0.001
+#: Packets in flight up to which an ACK that came with data, to a stream with nothing to send, is
+#: not applied at once. Of messages and their answers one ACK in so many is: it takes a quarter of
+#: the time that an answer takes.
+CALM = 8
 #: Packets at the start of a stream that are acknowledged at once: the peer's window opens by ACKs.
 QUICK_ACKS = 64
+#: Seconds of silence, where more is known to come, after which the peer is asked for an ACK; twice
+#: as long each time, so often at most. What is asked opens a NAT again that has forgotten us.
+STALL = 0.5
+MAX_STALLS = 6
 
 
 @dataclass(slots=True)
@@ -44,6 +53,8 @@ class Stats:
     unknown: int = 0
     #: Refused by a firewall hook, or by there being none.
     blocked: int = 0
+    #: Came from elsewhere than the stream's peer, and were not let in.
+    strays: int = 0
     #: Had arrived before.
     duplicates: int = 0
     #: Lay beyond the window, or after the end.
@@ -75,13 +86,22 @@ class Owner(Protocol):
         """The stream is closed; ``farewell`` answers a peer that missed its last ACK."""
 
 
-@dataclass(slots=True)
-class Remote:
-    """Where packets up to a number go when they are sent again (spec: udx 2.8)."""
+class Watcher(Protocol):
+    """Who decides what packets from elsewhere mean, once a peer has proven its address."""
 
-    until: int
-    id: int
-    address: Address
+    def stray(
+        self, stream: Stream, packet: Packet, socket: int, source: Address, now: float
+    ) -> bool:
+        """A packet came from another address than the peer's. True lets it in."""
+
+    def let_in(self, stream: Stream, socket: int, source: Address) -> None:
+        """What `stray` has let in was taken."""
+
+    def told(self, stream: Stream, payload: bytes, now: float) -> bool:
+        """A message came from the peer's address. True if it was for the watcher."""
+
+    def closed(self, stream: Stream) -> None:
+        """The stream is over."""
 
 
 class Exchange:
@@ -93,36 +113,45 @@ class Exchange:
         "_ack_owed",
         "_ack_soon",
         "_advertised",
-        "_current",
         "_heartbeat_owed",
         "_keep_alive",
         "_keep_alive_at",
         "_kept_ack",
         "_link_mtu",
-        "_old_remotes",
         "_outbox",
         "_owner",
         "_quick_acks",
         "_receiver",
+        "_repeat_owed",
         "_sender",
+        "_stalled_at",
+        "_stalls",
         "_transmits",
         "_unacknowledged",
         "address",
+        "authentic",
         "changed",
         "closed",
         "connected",
         "dirty",
         "ended",
         "error",
+        "expects",
         "firewall",
         "heard_at",
         "local_id",
         "messages",
+        "on_close",
+        "origin",
+        "relayed",
         "remote_ended",
         "remote_id",
         "scheduled",
+        "settled",
         "socket",
+        "spoke_at",
         "wants_room",
+        "watcher",
     )
 
     def __init__(
@@ -146,6 +175,22 @@ class Exchange:
         #: each one before `connect`. It may call `connect` or `change_remote`. True processes the
         #: packet, False drops it; None drops them all (spec: udx 2.3).
         self.firewall: Firewall | None = None
+        #: With an address, the firewall is asked also about packets that come to the stream's own
+        #: socket from anywhere else.
+        self.origin: Address | None = None
+        #: Packets pass a blind relay, which can read none (spec: hyperdht 5.8). For who wants to
+        #: know; nothing here depends on it.
+        self.relayed = False
+        #: Called once it is closed, with nothing.
+        self.on_close: Callable[[], None] | None = None
+        #: Asked about packets from elsewhere once the peer's address is settled, which is when a
+        #: packet has come from there. None lets them in, as the reference does (spec: udx 1.6).
+        self.watcher: Watcher | None = None
+        self.settled = False
+        #: The reader has a part of something: the peer has more to send.
+        self.expects = False
+        #: Messages that the reader has found to be the peer's own.
+        self.authentic = 0
         #: The peer's END and everything before it have arrived, and the ACK is on its way.
         self.remote_ended = False
         #: The peer has acknowledged everything, our END included.
@@ -157,6 +202,8 @@ class Exchange:
         self.messages: deque[bytes] = deque(maxlen=MAX_MESSAGES)
         #: When a packet for this stream was last let in; -inf for never.
         self.heard_at = -inf
+        #: When `transmit_next` last had something; -inf for never.
+        self.spoke_at = -inf
         #: Tell (see `Mux.poll`) when written bytes have left or arrived, and not only what is new
         #: for a reader.
         self.wants_room = True
@@ -169,8 +216,6 @@ class Exchange:
         self._receiver = Receiver(first_ack, receive_window)
         self._sender = Sender(first_seq, first_ack, link_mtu)
         self._link_mtu = link_mtu
-        self._current = Remote(0, 0, self.address)
-        self._old_remotes: list[Remote] = []
         self._outbox: list[bytes] = []
         # What `transmits` has collected so far.
         self._transmits: list[Transmit] = []
@@ -183,11 +228,15 @@ class Exchange:
         # Packets of plain data since the last ACK, and how many more are acknowledged at once.
         self._unacknowledged = 0
         self._quick_acks = QUICK_ACKS
-        # Number and blocks of the newest ACK that is not applied yet.
-        self._kept_ack: tuple[int, tuple[tuple[int, int], ...]] | None = None
+        # Number and blocks of the newest ACK that is not applied yet, and when it came.
+        self._kept_ack: tuple[int, tuple[tuple[int, int], ...], float] | None = None
         self._heartbeat_owed = False
+        self._repeat_owed = False
         self._keep_alive: float | None = None
         self._keep_alive_at: float | None = None
+        # How often the peer was asked for more since it was last heard, at that time.
+        self._stalls = 0
+        self._stalled_at = -inf
 
     @property
     def has_received(self) -> bool:
@@ -212,8 +261,8 @@ class Exchange:
         sender.update_window(receiver.next - 1, told, window)
         if told > una and (self._kept_ack is None or self._kept_ack[0] <= told):
             # The reader first: what this tells is applied when everything has been delivered.
-            self._kept_ack = told, ()
-        self._owe_ack_for(1, now)
+            self._kept_ack = told, (), now
+        self._owe_ack_for(1, now, calm=self._is_calm())
         if not self.changed:
             self._owner.changed(self)
         return True
@@ -235,8 +284,9 @@ class Exchange:
         elif ack >= flight.una:
             sender.update_window(expand(seq, self._receiver.next), ack, window)
             if self._kept_ack is None or self._kept_ack[0] <= ack:
-                self._kept_ack = ack, sacks
-            if not self.dirty:
+                self._kept_ack = ack, sacks, now
+            covered = self.scheduled is not None and self.scheduled - now <= MIN_PROBE_TIMEOUT
+            if not (covered and not sacks and self._is_calm()) and not self.dirty:
                 self._owner.touch(self)
         return True
 
@@ -261,8 +311,7 @@ class Exchange:
         if kind & (wire.DATA | wire.END):
             self._receive_data(seq, packet)
         if kind & wire.MESSAGE and len(packet.payload) <= MAX_MESSAGE_BYTES:
-            self.messages.append(packet.payload)
-            self._owner.changed(self)
+            self._receive_message(packet.payload, now)
         ack = expand(packet.ack, flight.una)
         if ack > flight.next:
             # Nor is the data acknowledged: this peer means another stream (spec: udx 8, 4).
@@ -325,10 +374,16 @@ class Exchange:
             when = self._ack_at
         if self._keep_alive_at is not None and (when is None or self._keep_alive_at < when):
             when = self._keep_alive_at
+        if self.expects:
+            stalled = self._stall_at()
+            if when is None or stalled < when:
+                when = stalled
         return when
 
     def on_deadline(self, now: float) -> None:
         """Do what has become due."""
+        if self._kept_ack is not None:
+            self._apply_kept_ack()
         timeouts = self._sender.on_deadline(now)
         self._owner.stats.timeouts += timeouts > 0
         if timeouts > MAX_TIMEOUTS:
@@ -339,6 +394,9 @@ class Exchange:
             self._keep_alive_at = None
         if self._ack_at is not None and self._ack_at <= now:
             self._ack_soon = True
+        if self.expects and self._stall_at() <= now:
+            self._heartbeat_owed = True
+            self._stalls += 1
         self._owner.touch(self)
 
     def transmits(self, now: float) -> list[Transmit]:
@@ -347,10 +405,15 @@ class Exchange:
             return []
         sender, receiver = self._sender, self._receiver
         if self._kept_ack is not None:
-            self._apply_kept_ack(now)
+            self._apply_kept_ack()
         if receiver.stirred:
             receiver.follow(sender.flight.min_rtt or None, now)
         self._send_data(now)
+        if self._repeat_owed:
+            self._repeat_owed = False
+            copies = sender.repeat(self)
+            self._owner.stats.sent += copies
+            self._owner.stats.retransmissions += copies
         if self._outbox:
             self._transmits += [self._control(wire.MESSAGE, each) for each in self._outbox]
             self._outbox.clear()
@@ -372,6 +435,24 @@ class Exchange:
             self._transmits = []
         return transmits
 
+    def transmit_next(self, now: float, send: Callable[[Transmit], None]) -> bool:
+        """Send what was just written, if it is one small packet that nothing keeps from leaving at
+        once: as `transmits`, which is still to be called some time. It has left before its time and
+        number are noted, so the peer need not wait for that. False: nothing was done."""
+        sender, receiver = self._sender, self._receiver
+        if not self.connected or self.closed or self.wants_room or receiver.gaps:
+            return False
+        payload = sender.small_payload(now)
+        if payload is None:
+            return False
+        header = self.header(wire.DATA, sender.flight.next, 0)
+        send(Transmit(self.socket, self.address, (header, payload)))
+        sender.sent_small(now)
+        self.spoke_at = now
+        self._owner.stats.sent += 1
+        self._ack_told()
+        return True
+
     # For the sender.
 
     def header(self, kind: int, seq: int, padding: int) -> bytes:
@@ -381,7 +462,7 @@ class Exchange:
             wire.VERSION,
             kind,
             padding,
-            (self._remote(seq) if self._old_remotes else self._current).id,
+            self.remote_id or 0,
             self._advertise(),
             seq & SEQ_MASK,
             self._receiver.next & SEQ_MASK,
@@ -390,18 +471,27 @@ class Exchange:
     def headers(self, first: int, count: int) -> list[bytes]:
         """The headers of a run of new packets with plain data."""
         ack = self._receiver.next & SEQ_MASK
-        remote, window = self._current.id, self._advertise()
+        remote, window = self.remote_id or 0, self._advertise()
         return [*wire.plain_headers(remote, window, first & SEQ_MASK, ack, count)]
 
-    def carry(
-        self, buffers: list[Buffer], segment: int, seq: int, may_fragment: bool = False
-    ) -> None:
-        """Send what makes up one transmit, beginning with packet ``seq``."""
-        address = self._remote(seq).address if self._old_remotes else self.address
-        transmit = Transmit(self.socket, address, tuple(buffers), segment, may_fragment)
+    def carry(self, buffers: list[Buffer], segment: int, may_fragment: bool = False) -> None:
+        """Send what makes up one transmit."""
+        transmit = Transmit(self.socket, self.address, tuple(buffers), segment, may_fragment)
         self._transmits.append(transmit)
 
     # Receiving.
+
+    def _stall_at(self) -> float:
+        """When a peer that has more to send is asked for it."""
+        if self._stalled_at != self.heard_at:
+            self._stalled_at, self._stalls = self.heard_at, 0
+        return inf if self._stalls >= MAX_STALLS else self.heard_at + STALL * 2**self._stalls
+
+    def _receive_message(self, payload: bytes, now: float) -> None:
+        watcher = self.watcher
+        if watcher is None or not watcher.told(cast("Stream", self), payload, now):
+            self.messages.append(payload)
+            self._owner.changed(self)
 
     def _receive_data(self, seq: int, packet: Packet) -> None:
         receiver, stats = self._receiver, self._owner.stats
@@ -412,19 +502,14 @@ class Exchange:
         stats.duplicates += receiver.duplicates - duplicates
         stats.overruns += receiver.dropped - dropped
 
-    def _apply_kept_ack(self, now: float) -> None:
+    def _apply_kept_ack(self) -> None:
         kept, self._kept_ack = self._kept_ack, None
-        if kept is None:
-            return
-        ack, sacks = kept
-        if self._sender.acknowledge(ack, sacks, now) is not None:
+        if kept is not None and self._sender.acknowledge(*kept) is not None:
             self._acknowledged()
 
     def _acknowledged(self) -> None:
         """The peer has told something new about what was sent."""
         sender = self._sender
-        while self._old_remotes and self._old_remotes[0].until <= sender.flight.una:
-            del self._old_remotes[0]
         if sender.end_sent and sender.ended:
             self.ended = True
             # One more ACK, unless the stream closes (spec: udx 2.4).
@@ -448,7 +533,6 @@ class Exchange:
     def _send_data(self, now: float) -> None:
         sender = self._sender
         sent, retransmissions = sender.sent, sender.retransmissions
-        sender.probing = not self._old_remotes
         sender.end_apart = self.remote_ended
         sender.transmit(self, now)
         if sender.sent == sent:
@@ -461,13 +545,6 @@ class Exchange:
         if not self._receiver.gaps:
             # Every packet of data tells what an ACK would tell.
             self._ack_told()
-
-    def _remote(self, seq: int) -> Remote:
-        """Where a packet that takes a number goes."""
-        for remote in self._old_remotes:
-            if seq < remote.until:
-                return remote
-        return self._current
 
     def _control(self, kind: int, payload: bytes = b"") -> Transmit:
         """A packet that takes no number."""
@@ -496,9 +573,21 @@ class Exchange:
         self._ack_owed = True
         self._owner.touch(self)
 
-    def _owe_ack_for(self, count: int, now: float) -> None:
+    def _is_calm(self) -> bool:
+        """Few packets are in flight and none waits to be sent: what the newest ACK tells may wait
+        until something is sent, or for a timer."""
+        sender, flight = self._sender, self._sender.flight
+        return (
+            flight.next - flight.una <= CALM
+            and not sender.pending
+            and not self.wants_room
+            and not flight.disturbed
+        )
+
+    def _owe_ack_for(self, count: int, now: float, *, calm: bool = False) -> None:
         """``count`` packets arrived just as expected. In a bulk transfer one ACK does for many
-        (spec: udx 4.2); at the start, and at the end of a burst, the peer waits for each."""
+        (spec: udx 4.2); at the start, and at the end of a burst, the peer waits for each. On a
+        ``calm`` stream the rest may wait until something is sent, or for the timer."""
         if not self.connected:
             self._owe_ack()
             return
@@ -506,8 +595,11 @@ class Exchange:
         if self._quick_acks > 0 or self._unacknowledged >= ACK_EVERY:
             self._quick_acks -= count
             self._ack_soon = True
-        elif self._ack_at is None:
-            self._ack_at = now + ACK_DELAY
+        else:
+            if self._ack_at is None:
+                self._ack_at = now + ACK_DELAY
+            if calm and self.scheduled is not None and self.scheduled <= self._ack_at:
+                return
         if not self.dirty:
             self._owner.touch(self)
 
@@ -541,3 +633,5 @@ class Exchange:
         self._outbox.clear()
         self._owner.changed(self)
         self._owner.retire(self, farewell)
+        if self.on_close is not None:
+            self.on_close()

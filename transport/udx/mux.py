@@ -7,16 +7,19 @@ those with a deadline in a heap whose outdated entries are put right when they c
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from random import Random
 from typing import cast
 
 from ..errors import DecodeError, InvalidInput
 from ..transmit import Address, Transmit
 from . import packet as wire
-from .exchange import Exchange, Stats
+from .exchange import ACK_DELAY, Exchange, Stats
+from .forward import Forwarder
 from .mtu import MAX_MTU
 from .packet import HEADER, HEADER_BYTES, decode
 from .receive import RECEIVE_WINDOW
+from .sender import MIN_PROBE_TIMEOUT
 from .stream import Stream
 
 #: Seconds for which a closed stream still answers its peer: as long as a peer repeats its END that
@@ -57,6 +60,7 @@ class Mux:
         "_rng",
         "_stale",
         "_streams",
+        "forwarder",
         "link_mtu",
         "receive_window",
         "stats",
@@ -85,6 +89,8 @@ class Mux:
         # Some of them are not noted.
         self._news_over = False
         self._forget_at: float | None = None
+        #: Passes on what is for streams of others, which do not count as ours.
+        self.forwarder = Forwarder(self._unused_id, self.say)
 
     def __len__(self) -> int:
         """Streams that are not closed."""
@@ -97,10 +103,12 @@ class Mux:
         at random if None; the first numbers of both directions are 0 unless agreed otherwise.
         Raises InvalidInput for an id in use."""
         if local_id is None:
-            local_id = self._rng.getrandbits(32)
-            while local_id in self._streams or local_id in self._over:
-                local_id = self._rng.getrandbits(32)
-        elif local_id in self._streams or not 0 <= local_id <= wire.SEQ_MASK:
+            local_id = self._unused_id()
+        elif (
+            local_id in self._streams
+            or local_id in self.forwarder.legs
+            or not 0 <= local_id <= wire.SEQ_MASK
+        ):
             raise InvalidInput(f"stream id {local_id} is in use or not a 32-bit number")
         self._over.pop(local_id, None)
         stream = Stream(
@@ -124,8 +132,19 @@ class Mux:
             return False
         stream = self._streams.get(identifier)
         if stream is None:
-            return self._receive_late(identifier, datagram)
-        if socket == stream.socket and not offset:
+            leg = self.forwarder.legs.get(identifier)
+            if leg is None:
+                return self._receive_late(identifier, datagram)
+            self.forwarder.receive(leg, datagram, socket, source, now)
+            return True
+        if source == stream.address:
+            stream.settled = True
+        elif stream.settled and stream.watcher is not None and stream.origin is None:
+            self._receive_stray(stream, datagram, socket, source, now)
+            return True
+        origin = stream.origin
+        familiar = socket == stream.socket and (origin is None or source == origin)
+        if familiar and not offset:
             # The two that most packets are, and need no object to be passed around in.
             if kind == wire.DATA:
                 taken = stream.receive_next(window, seq, ack, datagram[HEADER_BYTES:], now)
@@ -140,7 +159,7 @@ class Mux:
             self.stats.malformed += 1
             return True
         self.stats.received += 1
-        if socket != stream.socket and not self._passes(stream, socket, source, now):
+        if not familiar and not self._passes(stream, socket, source, now):
             self.stats.blocked += 1
         elif not stream.closed:
             stream.receive(packet, now)
@@ -154,6 +173,11 @@ class Mux:
         if len(data) <= segment:
             datagram = bytes(data)
             return [] if self.receive(datagram, socket, source, now) else [datagram]
+        if self.forwarder.legs:
+            taken = self.forwarder.receive_run(data, segment, socket, source, now)
+            if taken:
+                rest = data[taken:]
+                return self.receive_run(rest, segment, socket, source, now) if rest else []
         others: list[bytes] = []
         first = 0
         if segment == wire.HEADER_BYTES:
@@ -164,6 +188,12 @@ class Mux:
             while first < count:
                 stream = self._streams.get(run.ids[first])
                 if stream is None or stream.socket != socket or run.starts[first] != _PLAIN:
+                    break
+                if stream.origin is not None and stream.origin != source:
+                    break
+                if stream.address == source:
+                    stream.settled = True
+                elif stream.settled and stream.watcher is not None:
                     break
                 end = run.consecutive(first)
                 self.stats.received += end - first
@@ -177,6 +207,8 @@ class Mux:
 
     def transmits(self, now: float) -> list[Transmit]:
         """What is to be sent now; each transmit is returned once."""
+        if self.forwarder.busy:
+            self.forwarder.flush()
         out, self._outbox = self._outbox, []
         if self._farewells:
             out += self._farewells.values()
@@ -190,6 +222,18 @@ class Mux:
         if self._news_over:
             self._remember(now)
         return out
+
+    def transmit_next(self, stream: Stream, now: float, send: Callable[[Transmit], None]) -> bool:
+        """Send what was just written to a stream, if it is small, may leave at once, and there is
+        nothing else to be sent. Returns whether that was all: otherwise call `transmits`."""
+        if len(self._dirty) != 1 or not stream.dirty or not stream.transmit_next(now, send):
+            return False
+        if stream.scheduled is None or stream.scheduled > now + MIN_PROBE_TIMEOUT:
+            return False
+        # Its timers are looked at before any of them can be due.
+        self._dirty.clear()
+        stream.dirty = False
+        return True
 
     def deadline(self) -> float | None:
         """When `on_deadline` must be called at the latest, or None for never."""
@@ -214,6 +258,9 @@ class Mux:
                 continue
             if due <= now:
                 stream.on_deadline(now)
+            elif now - stream.spoke_at < ACK_DELAY < due - now:
+                # The answer will owe an ACK, and then there is a timer for that already.
+                self._wake_at(now + ACK_DELAY, stream)
             else:
                 self._wake_at(due, stream)
         if self._forget_at is not None and self._forget_at <= now:
@@ -253,6 +300,8 @@ class Mux:
         if stream.scheduled is not None:
             self._stale += 1
             self._purge_deadlines()
+        if stream.watcher is not None:
+            stream.watcher.closed(cast(Stream, stream))
         if stream.connected:
             self._over[stream.local_id] = (None, farewell)
             self._news_over = True
@@ -298,8 +347,35 @@ class Mux:
             others.append(bytes(data[-(len(data) % size) :]))
         return others
 
+    def _receive_stray(
+        self, stream: Stream, datagram: bytes, socket: int, source: Address, now: float
+    ) -> None:
+        """Ask the watcher about a packet that is not from the peer's address."""
+        watcher = stream.watcher
+        try:
+            packet = decode(datagram)
+        except DecodeError:
+            self.stats.malformed += 1
+            return
+        if watcher is None or not watcher.stray(stream, packet, socket, source, now):
+            self.stats.strays += 1
+            return
+        self.stats.received += 1
+        stream.receive(packet, now)
+        watcher.let_in(stream, socket, source)
+
+    def _unused_id(self) -> int:
+        while True:
+            identifier = self._rng.getrandbits(32)
+            if not (
+                identifier in self._streams
+                or identifier in self._over
+                or identifier in self.forwarder.legs
+            ):
+                return identifier
+
     def _passes(self, stream: Stream, socket: int, source: Address, now: float) -> bool:
-        """Ask the hook about a packet from a foreign socket (spec: udx 2.3)."""
+        """Ask the hook about a packet from a foreign socket, or from elsewhere (spec: udx 2.3)."""
         return (
             stream.firewall is not None
             and source[1] != 0

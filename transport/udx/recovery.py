@@ -294,6 +294,14 @@ class Flight:
         self._untold = 0
         return late
 
+    def lose_all(self) -> None:
+        """Nothing that is outstanding will arrive on the way it took, and none of what was learned
+        of that way but its round trip holds for the next."""
+        self._lose(self._touched.gaps(self.una, self.next) + [(s, s + 1) for s in self._resent])
+        self._untold = 0
+        self.min_rtt = 0.0
+        self.probe = self.reorder_at = None
+
     def clear(self) -> None:
         """Forget what is outstanding; `next` and `una` stay for the headers of last packets."""
         self._runs.clear()

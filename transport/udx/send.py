@@ -34,6 +34,10 @@ class SendBuffer:
         self._starts.append(self.end)
         self.end += len(view)
 
+    def last_piece(self, offset: int) -> memoryview | None:
+        """All from ``offset`` on, if it was appended in one piece."""
+        return self._chunks[-1] if self._starts and self._starts[-1] == offset else None
+
     def pieces(self, offset: int, size: int) -> list[Buffer]:
         """The ``size`` bytes at ``offset``, as few slices as possible."""
         index = bisect_right(self._starts, offset) - 1

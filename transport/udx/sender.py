@@ -28,11 +28,16 @@ _MAX_RUN_PACKETS = 64
 #: A tail-loss probe waits two round trips and for the peer's delayed ACK, and never so short that
 #: the peer's own pace would set it off. Seconds.
 _ACK_DELAY = 0.002
-_MIN_PROBE_TIMEOUT = 0.01
+MIN_PROBE_TIMEOUT = 0.01
 #: The least time between later probes, and their share of the time without an answer: about thirty
 #: until the peer is given up, on paths that are not long. Seconds.
 _REPEAT_AFTER = 0.2
 _REPEATS = 12
+#: Bytes that `Sender.small_payload` takes, in one packet on any path.
+_SMALL = 1024
+#: Packets that `Sender.repeat` sends: the first ones, by which the peer finds out what the others
+#: are.
+_REPEATED = 3
 
 
 class Carrier(Protocol):
@@ -44,10 +49,8 @@ class Carrier(Protocol):
     def headers(self, first: int, count: int) -> list[bytes]:
         """The headers of a run of new packets with plain data."""
 
-    def carry(
-        self, buffers: list[Buffer], segment: int, seq: int, may_fragment: bool = False
-    ) -> None:
-        """Send what makes up one `Transmit`, beginning with packet ``seq``."""
+    def carry(self, buffers: list[Buffer], segment: int, may_fragment: bool = False) -> None:
+        """Send what makes up one `Transmit`."""
 
 
 class Sender:
@@ -78,7 +81,6 @@ class Sender:
         "flight",
         "heartbeat_owed",
         "mtu",
-        "probing",
         "retransmissions",
         "sent",
         "window",
@@ -99,8 +101,6 @@ class Sender:
         self.end_apart = False
         #: A HEARTBEAT shall ask for the peer's window.
         self.heartbeat_owed = False
-        #: MTU probes may be sent; not while a change of path is under way (spec: udx 2.8).
-        self.probing = True
         #: Packets sent, retransmissions among them.
         self.sent = 0
         self.retransmissions = 0
@@ -173,6 +173,23 @@ class Sender:
         """Packets take another way from now on."""
         self.mtu = MtuSearch(link_mtu)
         self.flight.probe = None
+        # It may be too narrow for what is under way.
+        self.flight.cut_before = self.flight.next
+
+    def start_anew(self, link_mtu: int, now: float) -> None:
+        """As `new_path`, when what is on the way is lost: the new way begins as slowly as any."""
+        self.new_path(link_mtu)
+        flight = self.flight
+        self.congestion = Bbr()
+        self._pacer = Pacer()
+        self._timeouts = 0
+        self._heard_at = now
+        self._probe_owed = self._timed_out = False
+        if flight.outstanding:
+            flight.lose_all()
+            self._recover_until = flight.next
+            self._rto_at = now + flight.rto
+            self._arm_probe(now)
 
     def update_window(self, seq: int, ack: int, window: int) -> None:
         """Take the peer's window from a packet, unless an older one is told (spec: udx 3.3)."""
@@ -236,6 +253,57 @@ class Sender:
             self._zero_at = None
         elif self._zero_at is None:
             self._zero_at = now + flight.rto
+
+    def small_payload(self, now: float) -> memoryview | None:
+        """The payload of packet `flight.next`, if all there is to send is a little that was written
+        in one piece and may leave at once: `sent_small` is to be called then."""
+        buffer, flight, congestion = self._buffer, self.flight, self.congestion
+        size = buffer.end - self._offset
+        outstanding = flight.next - flight.una
+        if (
+            not 0 < size <= _SMALL
+            or outstanding >= int(congestion.window)
+            or (outstanding + 1) * self.mtu.payload > self.window
+            or self.end_queued
+            or flight.disturbed
+            or self._probe_owed
+            or (self.mtu.wanted and self.mtu.padding(size))
+            or not self._pacer.grant(1, congestion.pace, congestion.burst, now)
+        ):
+            return None
+        return buffer.last_piece(self._offset)
+
+    def sent_small(self, now: float) -> None:
+        """What `small_payload` returned has left: as after `transmit`, for a quarter of its
+        time."""
+        buffer, flight, offset = self._buffer, self.flight, self._offset
+        first = flight.next
+        outstanding = first - flight.una
+        self._pacer.spend(1)
+        left = self._delivery.depart(now, idle=not outstanding)
+        size = self.mtu.payload
+        flight.sent(Run(first, first + 1, offset, buffer.end - offset, size, left))
+        self._offset = buffer.end
+        if not outstanding:
+            self._rto_at = now + flight.rto
+            self._heard_at = now
+            self._zero_at = None
+        if outstanding + 1 < int(self.congestion.window):
+            self._delivery.limit(outstanding + 1)
+        self._pace_at = None
+        self._arm_probe(now)
+        self.sent += 1
+
+    def repeat(self, carrier: Carrier) -> int:
+        """Send copies of the oldest outstanding packets; returns how many. They count as never
+        sent: the round trip is still measured from the first departure."""
+        flight = self.flight
+        packets = range(flight.una, min(flight.next, flight.una + _REPEATED))
+        for seq in packets:
+            buffers: list[Buffer] = []
+            self._append_packet(buffers, flight.find(seq), seq, carrier, 0)
+            carrier.carry(buffers, 0)
+        return len(packets)
 
     def deadline(self) -> float | None:
         """When `on_deadline` must be called at the latest."""
@@ -314,7 +382,7 @@ class Sender:
         length = available = self._buffer.end - offset
         first = flight.next
         padding = 0
-        if mtu.wanted and self.probing and (padding := mtu.padding(min(size, available))):
+        if mtu.wanted and (padding := mtu.padding(min(size, available))):
             mtu.sent()
             flight.probe = first
             budget = 1
@@ -334,7 +402,7 @@ class Sender:
             buffers[1::2] = self._buffer.cut(offset, min(length, plain * size), size)
         for seq in range(first + plain, first + count):
             self._append_packet(buffers, run, seq, carrier, padding)
-        carrier.carry(buffers, size + HEADER_BYTES if count > 1 else 0, first)
+        carrier.carry(buffers, size + HEADER_BYTES if count > 1 else 0)
         self._offset = offset + length
         self.end_sent = fin
         if first == flight.una:
@@ -347,10 +415,10 @@ class Sender:
     def _resend(self, budget: int, carrier: Carrier, now: float) -> int:
         """Send up to ``budget`` lost packets again; returns how many."""
         sent = 0
-        # Packets from before a change of path go to another address than those after it.
-        most = _MAX_RUN_PACKETS if self.probing else 1
         while sent < budget and self.flight.lost:
-            sent += self._repeat(self.flight.first_lost(min(budget - sent, most)), carrier, now)
+            sent += self._repeat(
+                self.flight.first_lost(min(budget - sent, _MAX_RUN_PACKETS)), carrier, now
+            )
         return sent
 
     def _repeat(self, packets: list[int], carrier: Carrier, now: float) -> int:
@@ -372,7 +440,7 @@ class Sender:
             count += 1
             if cut or size < most:
                 break
-        carrier.carry(buffers, most + HEADER_BYTES if count > 1 else 0, packets[0], cut)
+        carrier.carry(buffers, most + HEADER_BYTES if count > 1 else 0, cut)
         self.sent += count
         self.retransmissions += count
         return count
@@ -480,7 +548,7 @@ class Sender:
             return
         wait = 2 * flight.srtt + _ACK_DELAY
         if self._probe_permitted and not self._timed_out:
-            self._tlp_at = now + max(wait, _MIN_PROBE_TIMEOUT)
+            self._tlp_at = now + max(wait, MIN_PROBE_TIMEOUT)
         else:
             silence = now - self._heard_at
             self._tlp_at = now + max(wait, _REPEAT_AFTER, silence / _REPEATS)

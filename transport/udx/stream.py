@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..errors import Closed, InvalidInput
-from ..transmit import Address, Buffer
+from ..errors import Broken, Closed, InvalidInput
+from ..transmit import Address, Buffer, Transmit
 from . import packet as wire
-from .exchange import MAX_MESSAGE_BYTES, MAX_MESSAGES, Exchange, Remote
-from .packet import SEQ_MASK
+from .exchange import MAX_MESSAGE_BYTES, MAX_MESSAGES, Exchange
+from .packet import SEQ_MASK, Packet
 
 #: Asked about packets from a socket that is not the stream's: (stream, socket, source, now).
 Firewall = Callable[["Stream", int, Address, float], bool]
@@ -46,6 +46,29 @@ class Stream(Exchange):
         """Bytes sent and not cumulatively acknowledged."""
         return self._sender.unacked
 
+    def expects_near(self, packet: Packet, reach: int) -> bool:
+        """Whether a packet's numbers are at most so far from those that are to come."""
+        flight, due = self._sender.flight, self._receiver.next
+        near = abs(wire.expand(packet.seq, due) - due) <= reach
+        return near and -reach <= wire.expand(packet.ack, flight.una) - flight.una <= (
+            flight.outstanding
+        )
+
+    @property
+    def round_trip(self) -> float | None:
+        """Seconds to the peer and back, smoothed; None as long as that is not known."""
+        return self._sender.flight.srtt
+
+    @property
+    def acknowledged(self) -> int:
+        """Packets with data that the peer has acknowledged, without a gap."""
+        return self._sender.flight.una
+
+    @property
+    def departed(self) -> int:
+        """Packets with data that have left, each counted once."""
+        return self._sender.flight.next
+
     @property
     def keep_alive(self) -> float | None:
         """Seconds between HEARTBEATs while nothing is outstanding; None, the default, for none.
@@ -71,18 +94,35 @@ class Stream(Exchange):
         self._after_receive()
 
     def change_remote(self, socket: int, remote_id: int, address: Address, now: float) -> None:
-        """Send from now on from another socket to another address and id. What left before is
-        repeated to where it went (spec: udx 2.8). Raises InvalidInput if not connected, Closed if
-        closed."""
+        """Send from now on from another socket to another address and id, also what left before
+        and is sent again: where it went nobody may forward it any more (spec: udx 2.8, which does
+        not, and hyperdht 9.1, 21). Raises InvalidInput if not connected, Closed if closed."""
         self._check_open()
         if self.remote_id is None:
             raise InvalidInput(f"{self!r} is not connected; use connect")
-        flight = self._sender.flight
-        if flight.outstanding:
-            self._old_remotes.append(Remote(flight.next, self.remote_id, self.address))
         self._set_remote(socket, remote_id, address)
         self._sender.new_path(self._link_mtu)
         self._owner.touch(self)
+
+    def migrate(self, socket: int, address: Address, now: float) -> None:
+        """The peer is there now, and gets nothing more where it was: what has not arrived goes to
+        the new address, slowly at first. Raises InvalidInput if not connected, Closed if closed."""
+        self._check_open()
+        if self.remote_id is None:
+            raise InvalidInput(f"{self!r} is not connected; use connect")
+        self._set_remote(socket, self.remote_id, address)
+        self.settled = True
+        self._sender.start_anew(self._link_mtu, now)
+        self._owe_ack()
+
+    def send_aside(self, payload: bytes, socket: int, address: Address) -> None:
+        """Send a message to another address than the peer's. It may get lost."""
+        message = self._control(wire.MESSAGE, payload)
+        self._owner.say(Transmit(socket, address, message.buffers))
+
+    def acknowledge_aside(self, socket: int, address: Address) -> None:
+        """Tell another address than the peer's what has arrived."""
+        self._owner.say(Transmit(socket, address, self._control(wire.ACK).buffers))
 
     def write(self, data: Buffer, now: float) -> None:
         """Queue bytes, kept by reference until they are acknowledged: do not change them. There
@@ -114,6 +154,16 @@ class Stream(Exchange):
             return
         self._close(None, wire.DESTROY if self.connected else None, lingering=False)
 
+    def fail(self, error: Broken, now: float) -> None:
+        """As `destroy`, but with an error, as if the peer had done it. Harmless when closed."""
+        if not self.closed:
+            self._close(error, wire.DESTROY if self.connected else None, lingering=False)
+
+    def forget(self) -> None:
+        """Close at once, and tell nobody. Harmless when closed."""
+        if not self.closed:
+            self._close(None, None, lingering=False)
+
     def send_message(self, payload: bytes, now: float) -> None:
         """Send one message of at most `MAX_MESSAGE_BYTES`; it may get lost, and only the newest
         `MAX_MESSAGES` wait for a connection. Raises InvalidInput if longer, Closed if closed."""
@@ -129,6 +179,14 @@ class Stream(Exchange):
         may get lost: ask again. Without effect unless connected and open."""
         if self.connected and not self.closed:
             self._heartbeat_owed = True
+            self._owner.touch(self)
+
+    def repeat(self, now: float) -> None:
+        """Send the oldest packets again that the peer has not acknowledged, or ask for an ACK if
+        there are none: what was sent before may have been for nobody."""
+        if self.connected and not self.closed:
+            self._repeat_owed = True
+            self._heartbeat_owed = self._sender.idle and not self._sender.pending
             self._owner.touch(self)
 
     def read(self, limit: int | None = None) -> list[Buffer]:
@@ -152,9 +210,9 @@ class Stream(Exchange):
         if not 0 < address[1] < 65536 or not 0 <= remote_id <= SEQ_MASK:
             raise InvalidInput(f"cannot connect to id {remote_id} at {address}")
         self.socket = socket
+        self.settled = False
         self.remote_id = remote_id
         self.address = address
-        self._current = Remote(0, remote_id, address)
 
     def _check_open(self) -> None:
         if self.closed:

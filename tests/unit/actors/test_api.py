@@ -288,6 +288,8 @@ async def test_a_bad_bootstrap_text_is_the_callers_fault() -> None:
         lambda: Service("a@1.0.0", registry="x", port=1),
         lambda: Service("a@1.0.0", registry=KEY, port=1, allow=["x"]),
         lambda: Service("a@1.0.0", registry=KEY, port=1, seed=b"short"),
+        lambda: Service("a@1.0.0", registry=KEY, port=1, allow_relays=["x"]),
+        lambda: Proxy("a", registry=KEY, relay_through=["x"]),
         lambda: Proxy("", registry=KEY),
         lambda: Proxy("a", registry=b"short"),
         lambda: Proxy("a", registry=KEY, seed="x" * 64),

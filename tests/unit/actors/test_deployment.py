@@ -21,6 +21,7 @@ from hyperseaport.actors.deployment import (
     dht_tree,
     proxy_tree,
     registry_tree,
+    relay_tree,
     service_tree,
 )
 from hyperseaport.actors.pipe import DRAIN
@@ -31,6 +32,7 @@ from hyperseaport.actors.resolver import Resolver, ResolverArgs
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.supervisor import ChildSpec, Supervisor, SupervisorSpec
 from hyperseaport.transport.dht.endpoint import ANY_HOST, EndpointConfig
+from hyperseaport.transport.dht.relay_server import RelayLimits
 from hyperseaport.transport.errors import InvalidInput, LocalError
 from hyperseaport.transport.keys import KeyPair
 
@@ -98,6 +100,13 @@ SHAPES = {
                     "replica",
                 ]
             },
+        ),
+    ),
+    "relay": (
+        relay_tree(CONFIG, PAIR, show, limits=RelayLimits()),
+        root(
+            "endpoint",
+            {"relay": ["rest_for_one", "books", {"sessions": each("session")}, "listener"]},
         ),
     ),
     "service": (
@@ -197,8 +206,11 @@ def test_a_role_that_nothing_can_match(role: str) -> None:
 def test_identities_are_random_unless_given() -> None:
     def keys(spec: SupervisorSpec) -> set[bytes]:
         args: list[Any] = [child.args for child, _ in descendants(spec)]
+        # Also what relays know it by.
+        assert any(isinstance(arg, EndpointConfig) and arg.key_pair for arg in args)
         return {arg.key_pair.public_key for arg in args if getattr(arg, "key_pair", None)}
 
+    assert len(keys(service())) == len(keys(proxy())) == 1
     assert keys(service()) != keys(service())
     assert keys(proxy()) != keys(proxy())
     assert keys(service(key_pair=PAIR)) == keys(proxy(key_pair=PAIR)) == {PAIR.public_key}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from hyperseaport.actors.messages import (
     Accepted,
     Announced,
     AnnounceTopic,
+    BorrowForwarder,
     Connect,
     Connected,
     ConnectFailed,
@@ -38,6 +39,10 @@ from hyperseaport.transport.dht import endpoint as transport_endpoint
 from hyperseaport.transport.dht.endpoint import Endpoint, EndpointConfig
 from hyperseaport.transport.errors import InvalidInput, PeerNotFound
 from hyperseaport.transport.keys import KeyPair
+from hyperseaport.transport.transmit import SERVER_SOCKET
+from hyperseaport.transport.udx import packet as wire
+from hyperseaport.transport.udx.forward import Allowance, Leg
+from hyperseaport.transport.udx.packet import Packet, decode, encode
 
 PAIR = KeyPair.from_seed(b"\x11" * 32)
 CLIENT = KeyPair.from_seed(b"\x12" * 32)
@@ -111,6 +116,7 @@ async def test_it_can_be_looked_into() -> None:
         assert (host, int(port) > 0) == ("0.0.0.0", True)
         assert 0 < fields["nodes"] <= SEED_NODES
         assert isinstance(fields["firewalled"], bool)
+        assert fields["traffic_age_s"] is None
         assert (await stage.runtime.call(server, Measure())).values["channels"] == 0
 
 
@@ -131,6 +137,31 @@ async def test_looking_into_it_before_its_sockets_are_open_is_harmless(
         unresolved.set()
         await runtime.ready(address)
         assert (await runtime.call(address, Describe())).fields["nodes"] == 0
+
+
+async def test_it_passes_packets_on_for_who_borrows_its_forwarder() -> None:
+    async with network() as (stage, server, _client):
+        fields = (await stage.runtime.call(server, Describe())).fields
+        here = ("127.0.0.1", int(fields["address"].rpartition(":")[2]))
+        forwarder = (await stage.runtime.call(server, BorrowForwarder())).forwarder
+        loop = asyncio.get_running_loop()
+        with ExitStack() as sockets:
+            peers = [sockets.enter_context(socket.socket(type=socket.SOCK_DGRAM)) for _ in range(2)]
+            for peer in peers:
+                peer.bind(("127.0.0.1", 0))
+                peer.setblocking(False)
+            legs = [
+                Leg(number, SERVER_SOCKET, peer.getsockname(), Allowance(1e9), loop.time())
+                for number, peer in enumerate(peers, 1)
+            ]
+            forwarder.link(*legs)
+            for seq in range(3):
+                packet = Packet(wire.DATA, legs[0].id, 5, seq, 0, bytes(1000))
+                peers[0].sendto(encode(packet), here)
+            async with asyncio.timeout(10):
+                arrived = [decode(await loop.sock_recv(peers[1], 2000)) for _ in range(3)]
+            assert arrived == [Packet(wire.DATA, 2, 5, seq, 0, bytes(1000)) for seq in range(3)]
+            forwarder.unlink(legs[0])
 
 
 async def test_nobody_listens() -> None:

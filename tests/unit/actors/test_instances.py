@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -22,7 +23,8 @@ from hyperseaport.actors.instances import (
     ConnectTimes,
     Instances,
 )
-from hyperseaport.actors.messages import ServiceRecord
+from hyperseaport.actors.messages import ServiceRecord, ServiceWorked
+from hyperseaport.transport.dht.timings import Timings
 
 NOBODY: Mapping[bytes, int] = {}
 
@@ -222,12 +224,41 @@ def test_it_explains_each() -> None:
         "retry_in": None,
         "connections": 2,
         "worked_ago": 5.0,
+        "last": None,
     }
     assert rows[1]["verified"] is True
     assert rows[2]["reason"] == "there is a newer version"
     assert (rows[3]["reason"], rows[3]["failures"]) == ("nobody announces it", 1)
     assert rows[3]["retry_in"] == 0.0
     assert rows[4]["reason"] == "on trial after: reset"
+
+
+def test_it_tells_where_the_time_of_the_last_connection_went() -> None:
+    known = instances(A, B)
+    timings = Timings(lookup=0.08, handshake=0.0463, path=0.09, how="punched")
+    known.worked(key(A), 5.0, ServiceWorked(key(A), 0.2364, 0.0102, timings))
+    known.worked(key(B), 5.0, ServiceWorked(key(B), 0.2, 0.0, None))
+    rows = {row["key"]: row["last"] for row in known.explain({}, 10.0)}
+    assert rows[key(B).hex()] is None
+    assert rows[key(A).hex()] == {
+        "path": "punched",
+        "total_ms": 246.6,
+        "wait_ms": 10.2,
+        "lookup_ms": 80.0,
+        "handshake_ms": 46.3,
+        "path_ms": 90.0,
+        "first_byte_ms": 20.1,
+    }
+    # A service that runs anew under its key has its history, and the next connection replaces it.
+    known.failed(key(A), "reset", 6.0)
+    anew = replace(A, instance="ab" * 16)
+    known.update([anew])
+    (row,) = known.explain({}, 10.0)
+    assert row["last"]["total_ms"] == 246.6
+    quick = Timings(0.0, 0.0404, 0.0, "remembered")
+    known.worked(key(A), 11.0, ServiceWorked(key(A), 0.0807, 0.0, quick))
+    (row,) = known.explain({}, 11.0)
+    assert (row["last"]["path"], row["last"]["total_ms"]) == ("remembered", 80.7)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -39,6 +39,7 @@ from hyperseaport.actors.resolver import Resolver, ResolverArgs
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.testing.clock import VirtualLoop
 from hyperseaport.transport.channel import Channel
+from hyperseaport.transport.dht.timings import Timings
 from hyperseaport.transport.errors import PeerNotFound, StreamTimeout
 from hyperseaport.transport.keys import KeyPair
 
@@ -66,6 +67,8 @@ class Host:
     delay: float | None = 0.01
     #: It then refuses.
     refuses: bool = False
+    #: What it says of where the time went.
+    timings: Timings | None = None
     #: Bytes that it reads before it breaks, without having said anything; None for never.
     breaks_after: int | None = None
     #: Attempts under way, and how many there were.
@@ -81,7 +84,7 @@ class Host:
         near, far = pipe_channels(PAIR.public_key, public_key)
         self.channels.append(near)
         self.peers.append(Peer(far) if self.breaks_after is None else Breaking(far, self))
-        return Connected(cast(Channel, near))
+        return Connected(cast(Channel, near), self.timings)
 
 
 class Breaking(Peer):
@@ -680,6 +683,7 @@ async def test_it_describes_itself() -> None:
             "bytes_written": 8,
             "attempts": 1,
             "peer_key": A.public_key.hex(),
+            "path": "direct",
             "service_key": A.public_key.hex(),
         }
 
@@ -703,3 +707,69 @@ def test_nobody_is_tried_twice_at_a_time() -> None:
     attempts.offer([A])
     assert attempts.exhausted
     assert attempts.begin(5.0) is None
+
+
+@virtual
+async def test_where_the_time_of_a_connection_went() -> None:
+    async with staged(A) as stage:
+        host = stage.host(A)
+        host.delay, host.timings = 0.2, Timings(0.08, 0.05, 0.07, "punched")
+        client = stage.client(b"question")
+        peer = await stage.joined(A)
+        await asyncio.sleep(0.05)
+        peer.channel.write(b"answer")
+        loop = asyncio.get_running_loop()
+        assert await loop.sock_recv(client, 6) == b"answer"
+        (row,) = (await stage.runtime.call(stage.resolver, Explain())).rows
+    last = row["last"]
+    assert last["path"] == "punched"
+    assert (last["lookup_ms"], last["handshake_ms"], last["path_ms"]) == (80, 50, 70)
+    assert last["first_byte_ms"] == pytest.approx(50, abs=15)
+    assert last["wait_ms"] == pytest.approx(0, abs=15)
+    parts = ("wait_ms", "lookup_ms", "handshake_ms", "path_ms", "first_byte_ms")
+    assert last["total_ms"] == pytest.approx(sum(last[part] for part in parts), abs=0.3)
+    assert stage.logged("slow connection") == []
+
+
+@virtual
+async def test_the_time_before_the_attempt_counts_as_waiting() -> None:
+    """For the first instance, which breaks."""
+    async with staged(A, B) as stage:
+        stage.host(B).timings = Timings(0.005, 0.005, 0.0, "direct")
+        client = stage.client(b"question")
+        first = await stage.joined(A)
+        await asyncio.sleep(0.3)
+        first.channel.abort()
+        peer = await stage.joined(B)
+        peer.channel.write(b"answer")
+        loop = asyncio.get_running_loop()
+        assert await loop.sock_recv(client, 6) == b"answer"
+        rows = (await stage.runtime.call(stage.resolver, Explain())).rows
+    last = {row["key"]: row["last"] for row in rows}
+    assert last[A.public_key.hex()] is None
+    assert last[B.public_key.hex()]["wait_ms"] == pytest.approx(310, abs=40)
+
+
+@virtual
+async def test_a_slow_connection_is_logged() -> None:
+    async with staged(A) as stage:
+        host = stage.host(A)
+        host.delay, host.timings = 1.25, Timings(0.25, 0.5, 0.5, "relayed")
+        stage.client(b"question")
+        await stage.joined(A)
+    (entry,) = stage.logged("slow connection")
+    assert entry["key"] == A.public_key.hex()
+    assert entry["seconds"] == pytest.approx(1.25, abs=0.1)
+    assert entry["waited"] == pytest.approx(0, abs=0.1)
+    said = {name: entry[name] for name in ("lookup", "handshake", "path", "how")}
+    assert said == {"lookup": 0.25, "handshake": 0.5, "path": 0.5, "how": "relayed"}
+
+
+@virtual
+async def test_a_slow_connection_of_which_nothing_more_is_known() -> None:
+    async with staged(A) as stage:
+        stage.host(A).delay = 1.25
+        stage.client(b"question")
+        await stage.joined(A)
+    (entry,) = stage.logged("slow connection")
+    assert "how" not in entry

@@ -26,6 +26,7 @@ from hyperseaport.actors.messages import (
     Registered,
     RegistrationRefused,
     RegistryListening,
+    RelayListening,
     ServiceGone,
     ServiceListening,
     ServiceRecord,
@@ -100,6 +101,18 @@ LINES: list[tuple[Show, object, str | None]] = [
     (news.registry, ServiceRegistered(INFO), f"registered service {INFO_LINES}"),
     (news.registry, ServiceGone(INFO), None),
     (news.registry, EndpointReady(("127.0.0.1", 1), 3), None),
+    (
+        news.relay,
+        RelayListening(KEY, anybody=True),
+        f"Relay listening. Connect through pubkey  {KEY.hex()}\n"
+        "whoever knows this key may use the relay (--allow KEY: only some)",
+    ),
+    (
+        news.relay,
+        RelayListening(KEY, anybody=False),
+        f"Relay listening. Connect through pubkey  {KEY.hex()}",
+    ),
+    (news.relay, EndpointReady(("127.0.0.1", 1), 3), None),
     (news.service, ServiceListening(KEY), f"started p2p service on {KEY.hex()}"),
     (news.service, Registered(META, KEY), f"registered service {META_LINES}"),
     (

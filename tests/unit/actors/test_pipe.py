@@ -307,6 +307,7 @@ async def test_it_describes_itself() -> None:
             "target": f"{target[0]}:{target[1]}",
             "peer_key": (b"\x02" * 32).hex(),
             "service_key": (b"\x01" * 32).hex(),
+            "path": "direct",
         }
 
 

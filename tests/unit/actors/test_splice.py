@@ -256,3 +256,28 @@ def test_reset_of_a_plain_socket_shows_as_one() -> None:
 
 def test_one_read_is_one_message() -> None:
     assert len(splice_module.reading_buffer) == splice_module.READ == MESSAGE
+
+
+async def test_small_messages_wait_in_order_for_a_client_that_does_not_read() -> None:
+    async with spliced() as stage:
+        messages = [bytes([number % 256]) * (1 + number % 4096) for number in range(800)]
+        for message in messages:
+            stage.peer.channel.write(message)
+        await soon(lambda: stage.transport.get_write_buffer_size() > 0)
+        assert await stage.read(sum(map(len, messages))) == b"".join(messages)
+        stage.peer.channel.write(b"and on")
+        assert await stage.read(6) == b"and on"
+        stage.client.shutdown(socket.SHUT_WR)
+        await soon(lambda: stage.peer.ended)
+        stage.peer.channel.close()
+        await soon(lambda: len(stage.closed) == 2)
+
+
+async def test_a_small_message_for_a_client_that_has_gone_resets_the_channel() -> None:
+    async with spliced() as stage:
+        reset_by_client(stage.client)
+        stage.splice.channel_side.data_received(b"too late")
+        await soon(lambda: stage.peer.lost)
+        await soon(lambda: len(stage.closed) == 2)
+        # Its number may be another file's by now.
+        assert stage.splice.descriptor == -1

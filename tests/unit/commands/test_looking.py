@@ -201,6 +201,55 @@ async def test_why(screen: Screen, directory: Path) -> None:
     assert proxy["rows"] == list(rows)
 
 
+PUNCHED = {
+    "path": "punched",
+    "total_ms": 246.4,
+    "wait_ms": 10.2,
+    "lookup_ms": 80.0,
+    "handshake_ms": 46.3,
+    "path_ms": 90.0,
+    "first_byte_ms": 20.1,
+}
+NOTHING = dict.fromkeys(("wait_ms", "lookup_ms", "path_ms", "handshake_ms", "first_byte_ms"), 0.2)
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (
+            PUNCHED,
+            "246 ms: waiting 10, lookup 80, handshake 46, punch 90, first byte 20 (punched)",
+        ),
+        (
+            PUNCHED | {"path": "relayed", "lookup_ms": 0.0},
+            "246 ms: waiting 10, handshake 46, relay 90, first byte 20 (relayed)",
+        ),
+        (
+            PUNCHED | {"path": "remembered", "lookup_ms": 0.0, "wait_ms": 0.4, "path_ms": 0.0},
+            "246 ms: handshake 46, first byte 20 (remembered)",
+        ),
+        (
+            PUNCHED | {"path": "local"},
+            "246 ms: waiting 10, lookup 80, handshake 46, path 90, first byte 20 (local)",
+        ),
+        (
+            NOTHING | {"path": "direct", "total_ms": 1.0},
+            "1 ms: no part took long (direct)",
+        ),
+    ],
+)
+async def test_why_tells_where_the_milliseconds_went(
+    screen: Screen, directory: Path, last: dict[str, Any], said: str
+) -> None:
+    row = {"key": "5b64a8956d8f2404" * 4, "state": "taken", "worked_ago": 3.04, "last": last}
+    rows = (row, {"key": "ab" * 32, "state": "candidate", "last": None})
+    async with program(directory / "proxy-1.sock", rest(resolver("couchdb", "3.x", rows))):
+        out = await screen.shows(looking.why)
+        document = await screen.document(looking.why)
+    assert out.splitlines()[4:] == [f"5b64a895: opened 3.0 s ago in {said}"]
+    assert document["programs"][0]["proxies"][0]["rows"][0]["last"] == last
+
+
 async def test_why_asks_all_proxies_that_match(screen: Screen, directory: Path) -> None:
     async with (
         program(directory / "proxy-1.sock", rest(resolver("couchdb", "3.x"))),

@@ -42,9 +42,15 @@ def program(command: str, actors: dict[str, Any], **more: Any) -> dict[str, Any]
     } | more
 
 
-def endpoint(received: int, sent: int) -> dict[str, Any]:
+def endpoint(received: int, sent: int, traffic: float | None = None) -> dict[str, Any]:
     metrics = {"channels": 1, "bytes.received": received, "bytes.sent": sent, "udx.dropped": 0}
-    return {"address": "127.0.0.1:5000", "firewalled": True, "nodes": 4, "metrics": metrics}
+    return {
+        "address": "127.0.0.1:5000",
+        "firewalled": True,
+        "nodes": 4,
+        "traffic_age_s": traffic,
+        "metrics": metrics,
+    }
 
 
 def link(key: str, *, connected: bool = True, **more: Any) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def row(key: str = KEY, **more: Any) -> dict[str, Any]:
 
 def proxy() -> dict[str, Any]:
     actors = {
-        "/node/endpoint": endpoint(1_300_000, 4_200),
+        "/node/endpoint": endpoint(1_300_000, 4_200, 3.04),
         "/node/link": {"live": True},
         "/node/links/67ccd1f7": link(REGISTRY),
         "/node/proxy:1/resolver": {
@@ -161,6 +167,33 @@ def registry(*services: Any, instances: int = 0) -> dict[str, Any]:
     return program("registry", actors, summary={"key": REGISTRY})
 
 
+def relay() -> dict[str, Any]:
+    counted = {"accepted": 12, "refused": 0, "paired": 4, "ignored": 0}
+    counted |= {"expired": 1, "cancelled": 0, "silent": 0}
+    actors = {
+        "/node/endpoint": endpoint(758, 1100),
+        "/node/relay/books": {
+            "sessions": 5,
+            "keys": 3,
+            "waiting": 1,
+            "pairs": 2,
+            "bytes": 2 * 1024 * 1024,
+            "dropped": 0,
+            "strangers": 0,
+            "counters": counted,
+        },
+        "/node/relay/sessions": {"children": 5},
+        "/node/relay/listener": {
+            "public_key": REGISTRY,
+            "allowed": None,
+            "accepted": 12,
+            "refused": 0,
+        },
+    }
+    summary = {"key": REGISTRY, "max_sessions": 64, "max_rate": 16 * 1024 * 1024}
+    return program("relay", actors, summary=summary)
+
+
 def dht() -> dict[str, Any]:
     metrics = {
         "dht.received": 60,
@@ -216,6 +249,7 @@ def test_a_proxy(screen: Screen) -> None:
         "  instances    1 known, 1 usable, 0 set aside",
         "  uses         web@1.2.3 5b64a895: newest version, 2 connections",
         "  connections  2 now, 17 since start",
+        "  traffic      last 3.0 s ago",
         "  bytes        1.2 MiB received, 4.1 KiB sent",
         "  registry     67ccd1f7 connected for 2 h, heard 1.5 s ago",
         "  restarts     none",
@@ -256,6 +290,7 @@ def test_a_proxy_in_trouble(screen: Screen) -> None:
         "               web@1.2.3 abababab: set aside, no answer, 2 connections",
         "               and 3 more: see `why`",
         "  connections  2 now, 17 since the listener's start, 4 refused",
+        "  traffic      last 3.0 s ago",
         "  bytes        1.2 MiB received, 4.1 KiB sent",
         f"  registry     67ccd1f7 away for 3 min, heard 3 min ago: {TAMED}",
         "  registry     01234567 not asked yet",
@@ -296,6 +331,7 @@ def test_a_service(screen: Screen) -> None:
         "  health       healthy for 5 min: answered 200 4.6 s ago (http:/)",
         "  registry     67ccd1f7 leased, 21 s left, registered 9.0 s ago",
         "  connections  0 now, 1 since start",
+        "  traffic      none yet",
         "  bytes        0 B received, 0 B sent",
         "  restarts     none",
     ]
@@ -428,6 +464,44 @@ def test_a_registry_that_starts(screen: Screen) -> None:
     ]
 
 
+# The relay
+
+
+def test_a_relay(screen: Screen) -> None:
+    assert screen.lines(relay()) == [
+        "relay (process 7), up 2 h",
+        f"  key        {REGISTRY}",
+        "  sessions   5 of 3 keys, 12 since start",
+        "  pairs      2 now, 1 waiting for the other half, 4 since start",
+        "  passed on  2.0 MiB",
+        "  each key   64 sessions, 16 MiB/s",
+        "  policy     open: everybody may use it",
+        "  restarts   none",
+    ]
+
+
+def test_a_relay_that_drops_and_refuses(screen: Screen) -> None:
+    answer = relay()
+    books = answer["actors"]["/node/relay/books"]
+    books |= {"dropped": 7, "keys": 1}
+    assert screen.fact(answer, "dropped") == ["7 above the rate (packets)"]
+    books |= {"strangers": 2}
+    assert screen.fact(answer, "dropped") == ["7 above the rate and 2 from strangers (packets)"]
+    assert screen.fact(answer, "refused") == []
+    books["counters"] |= {"refused": 3, "ignored": 4}
+    answer["actors"]["/node/relay/listener"] |= {"refused": 1, "allowed": 1}
+    assert screen.fact(answer, "refused") == ["4 sessions, 4 requests"]
+    assert screen.fact(answer, "policy") == ["1 key may"]
+    assert screen.fact(answer, "sessions") == ["5 of 1 key, 12 since start"]
+
+
+def test_a_relay_that_starts(screen: Screen) -> None:
+    assert screen.lines(program("relay", {}, summary={"key": REGISTRY}))[1:] == [
+        f"  key       {REGISTRY}",
+        "  restarts  none",
+    ]
+
+
 # DHT nodes, and what is none of these
 
 
@@ -455,7 +529,7 @@ def test_another_program(screen: Screen) -> None:
 
 # All of them
 
-PROGRAMS = [proxy, service, lambda: registry(entry()), dht]
+PROGRAMS = [proxy, service, lambda: registry(entry()), relay, dht]
 
 
 @pytest.mark.parametrize("make", PROGRAMS)

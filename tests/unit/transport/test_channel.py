@@ -83,8 +83,9 @@ class Side:
             self._pumping = True
             self.loop.call_soon(self._pump)
 
-    def _wrote(self, _channel: Channel) -> None:
+    def _wrote(self, _channel: Channel) -> bool:
         self.writes += 1
+        return False
 
     def _closed(self, _channel: Channel) -> None:
         self.closed += 1
@@ -318,6 +319,34 @@ def test_keep_alives_are_swallowed() -> None:
         channel.keep_alive()
         channel.abort()
         channel.keep_alive()
+
+    run_virtual(scenario())
+
+
+def test_the_stream_is_told_what_is_authentic_and_whether_more_is_to_come() -> None:
+    async def scenario() -> None:
+        sender, receiver = sides()
+        ours, theirs = handshakes()
+        left, right, heard = sender.open(ours), receiver.open(theirs), Recorder()
+        right.set_protocol(heard)
+        left.write(b"whole")
+        await asyncio.sleep(0.1)
+        assert (right.stream.authentic, right.stream.expects) == (1, False)
+        packets = 0
+
+        def drop(datagram: bytes) -> bool:
+            nonlocal packets
+            packets += len(datagram) > 1000
+            return packets > 3
+
+        sender.drop = drop
+        left.write(bytes(20_000))
+        await asyncio.sleep(0.1)
+        assert (right.stream.authentic, right.stream.expects) == (1, True)
+        sender.drop = lambda _datagram: False
+        await asyncio.sleep(5)
+        assert heard.received == 20_005
+        assert (right.stream.authentic, right.stream.expects) == (2, False)
 
     run_virtual(scenario())
 

@@ -263,3 +263,31 @@ def test_another_interval() -> None:
     world.run(3.5)
     assert [silence for _, _, silence in world.deaths] == [3.0]
     assert world.liveness.patience == 3.0
+
+
+def test_a_peer_that_has_moved_is_known_by_its_new_name() -> None:
+    world = World()
+    pipe, other = world.pipe("old"), world.pipe("old", answers=False)
+    world.run(INTERVAL * 2)
+    world.liveness.regroup("old", "new", world.now)
+    newcomer = world.pipe("new")
+    assert len(world.liveness) == 1
+    pipe.answers = newcomer.answers = False
+    began = world.now
+    world.run(DEATH + INTERVAL)
+    assert {each for _, each, _ in world.deaths} == {pipe, other, newcomer}
+    assert all(when - began >= DEATH - EARLY for when, _, _ in world.deaths)
+
+
+def test_a_peer_that_moves_to_where_it_is_known_already_is_one() -> None:
+    world = World()
+    pipe, other = world.pipe("old"), world.pipe("new")
+    other.answers = False
+    world.liveness.regroup("old", "new", world.now)
+    world.liveness.regroup("nobody", "new", world.now)
+    world.run(DEATH * 2)
+    assert not world.deaths
+    assert len(world.liveness) == 1
+    pipe.answers = False
+    world.run(DEATH + INTERVAL)
+    assert {each for _, each, _ in world.deaths} == {pipe, other}

@@ -257,6 +257,18 @@ def test_keep_alive_is_swallowed() -> None:
     assert there.receive(data + frame(here, b"x") + b"".join(here.keep_alive())) == [b"x"]
 
 
+def test_what_is_the_peers_own_is_counted() -> None:
+    here, there = pair()
+    assert there.authentic == 0
+    there.receive(frame(here, b"one") + b"".join(here.keep_alive()))
+    assert there.authentic == 2
+    there.receive_whole(frame(here, b"three"))
+    assert there.authentic == 3
+    with pytest.raises(StreamError):
+        there.receive(bytes((17, 0, 0)) + bytes(17))
+    assert there.authentic == 3
+
+
 def test_largest_message() -> None:
     limit = VECTORS["size_limit"]
     assert limit["largest_plain"] == MAX_MESSAGE
@@ -459,3 +471,43 @@ def test_any_damage_is_found(data: st.DataObject) -> None:
     # A damaged length may leave the reader waiting for bytes that the frame does not have.
     assert messages in ([], [b"first"])
     assert error is not None or there.truncated
+
+
+# Whole frames
+
+
+def test_a_whole_frame_is_read_in_one_step() -> None:
+    here, there = pair()
+    for size in (1, 64, 2048, 5000):
+        message = Random(size).randbytes(size)
+        assert there.receive_whole(frame(here, message)) == message
+    assert there.receive_whole(frame(here, b"")) == b""
+    assert there.authentic == 5
+    assert there.buffered == 0
+    assert there.receive(frame(here, b"and the usual way")) == [b"and the usual way"]
+
+
+def test_what_is_no_whole_frame_is_left_alone() -> None:
+    here, there = pair(max_message=5000)
+    one, two = frame(here, b"one"), frame(here, b"two")
+    for data in (b"", one[:2], one[:-1], one + two[:1], one + two, b"\xff\xff\xff" + one):
+        assert there.receive_whole(data) is None
+    assert there.receive(one[:5]) == []
+    assert there.receive_whole(two) is None
+    assert there.receive(one[5:]) == [b"one"]
+    assert there.receive_whole(two) == b"two"
+    damaged = bytearray(frame(here, b"three"))
+    damaged[-1] ^= 1
+    assert there.receive_whole(damaged) is None
+    with pytest.raises(StreamError, match="damaged"):
+        there.receive(damaged)
+    assert there.receive_whole(frame(here, b"four")) is None
+
+
+def test_before_the_header_there_is_no_whole_frame() -> None:
+    here = SecretStream(handshake("initiator"), Random(1))
+    there = SecretStream(handshake("responder"), Random(2))
+    header = here.start()
+    assert there.receive_whole(header) is None
+    assert there.receive(header) == []
+    assert there.receive_whole(frame(here, b"now")) == b"now"

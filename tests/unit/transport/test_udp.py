@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from hyperseaport.transport.errors import LocalError
+from hyperseaport.transport.recvmmsg import MAX_EXPECTED
 from hyperseaport.transport.transmit import Address, Buffer, Transmit
-from hyperseaport.transport.udp import MAX_UNSENT, UdpSocket
+from hyperseaport.transport.udp import MAX_READS, MAX_SINGLE, MAX_UNSENT, UdpSocket
 
 HOST = "127.0.0.1"
 
@@ -344,3 +345,72 @@ async def test_a_port_in_use_is_one_line() -> None:
             Peer(port=peer.address[1])
     finally:
         peer.udp.close()
+
+
+# Datagrams that come singly, and many of them
+
+
+async def crowd(left: Peer, right: Peer, sizes: list[int], seed: int) -> None:
+    """What `left` sends before `right` looks arrives in order."""
+    rng = Random(seed)
+    sent = [rng.randbytes(size) for size in sizes]
+    before = len(right.datagrams)
+    for datagram in sent:
+        left.send(right.address, datagram)
+    assert (await right.until(before + len(sent)))[before:] == sent
+
+
+async def test_many_single_datagrams_are_read_together() -> None:
+    with Pair(segmenting=True) as (left, right):
+        await crowd(left, right, [20] * 500, 1)
+        assert right.udp._singly
+        batches = right.batches
+        await crowd(left, right, [20] * 640, 2)
+        assert right.batches - batches <= 640 // MAX_READS + 1
+        # Others than are expected, and then those.
+        await crowd(left, right, [28, 20] * 50 + [1200] * 200 + [9, 1200], 3)
+        assert right.udp._singly
+        assert right.udp._many is not None
+        assert right.udp._many.expected == 1200
+
+
+async def test_single_datagrams_stop_coming() -> None:
+    with Pair(segmenting=True) as (left, right):
+        await crowd(left, right, [20] * 200, 1)
+        for number in range(20):
+            await crowd(left, right, [30], number)
+        assert not right.udp._singly
+        await crowd(left, right, [20] * 200, 4)
+        data = Random(5).randbytes(50_000)
+        left.send(right.address, data, segment=1000)
+        before = len(right.datagrams)
+        assert b"".join((await right.until(before + 50))[before:]) == data
+        assert not right.udp._singly
+
+
+def test_what_is_read_together_has_room() -> None:
+    assert MAX_SINGLE <= MAX_EXPECTED
+
+
+async def test_closed_while_many_are_read() -> None:
+    with Pair(segmenting=True) as (left, right):
+        await crowd(left, right, [20] * 200, 1)
+        assert right.udp._singly
+        right._changed.clear()
+        right._run = lambda *_: right.udp.close()  # type: ignore[method-assign]
+        right.udp._on_run = right._run
+        batches = right.batches
+        for _ in range(10):
+            left.send(right.address, bytes(20))
+        await asyncio.sleep(0.05)
+        assert right.batches == batches
+
+
+async def test_a_kernel_that_reads_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_descriptor: int) -> None:
+        raise OSError("no such call")
+
+    monkeypatch.setattr("hyperseaport.transport.recvmmsg.Batch", refuse)
+    with Pair(segmenting=True) as (left, right):
+        await crowd(left, right, [20] * 300, 1)
+        assert not right.udp._singly

@@ -31,7 +31,7 @@ TOKEN = bytes([3]) * 32
 
 
 class Fixture:
-    def __init__(self, *samples: Address, relay: int = 1) -> None:
+    def __init__(self, *samples: Address, relay: int = 1, patient: bool = False) -> None:
         self.node = FakeNode()
         self.context = context(self.node)
         self.paths: list[tuple[int, Address]] = []
@@ -49,6 +49,7 @@ class Fixture:
             HolepunchInfo(12, RELAYS),
             relay=RELAYS[relay].relay_address,
             server=SERVER,
+            patient=patient,
             on_path=lambda socket, address, _now: self.paths.append((socket, address)),
             on_fail=lambda reason, _now: self.failed.append(reason),
             on_busy=self._on_busy,
@@ -270,6 +271,55 @@ def test_one_search_at_a_time() -> None:
     assert not waiting.punch.searching
     waiting.punch.cancel(0.0)
     assert search(waits=False).failed
+
+
+def test_with_a_relay_a_search_waits_for_its_turn() -> None:
+    """5.5, step 2: the server proves where it is at once, as only this relay lets it."""
+    fixture = Fixture(patient=True)
+    other = fixture.context.punches.create(bytes(32))
+    assert other is not None
+    assert other.reserve(0.0)
+    random = {"firewall": Firewall.RANDOM, "addresses": ((SERVER[0], 0),)}
+    fixture.answer(known(**random))
+    assert not fixture.busy
+    request, message, payload = fixture.read()
+    assert (request.to, message.peer_address) == (RELAYS[1].relay_address, SERVER)
+    assert not payload.punching
+    assert payload.remote_token == TOKEN
+    fixture.answer(known(round=1, remote_token=payload.token, **random))
+    fixture.node.wait(client_punch.TURN_WAIT[0] - 0.1)
+    assert not fixture.asked
+    fixture.node.wait(client_punch.TURN_WAIT[1])
+    assert not fixture.asked
+    other.close(fixture.node.now)
+    fixture.node.wait(client_punch.TURN_WAIT[1])
+    request, message, payload = fixture.read()
+    # Through the relay that keeps the server's mapping.
+    assert message.peer_address == RELAYS[1].peer_address
+    assert payload.punching
+    assert payload.token is None
+    fixture.answer(known(round=2, punching=True, **random))
+    assert fixture.punch.searching
+    assert not fixture.failed
+
+
+def test_a_server_that_has_no_turn_is_asked_again() -> None:
+    """5.5, step 4; meanwhile others of this node may search."""
+    fixture = Fixture(patient=True)
+    random = {"firewall": Firewall.RANDOM, "addresses": ((SERVER[0], 0),)}
+    fixture.answer(known(**random))
+    token = fixture.read()[2].token
+    assert fixture.context.punches.random_pause(fixture.node.now)
+    fixture.answer(known(round=1, error=PeerError.TRY_LATER, **random))
+    assert not fixture.context.punches.random_pause(fixture.node.now)
+    fixture.answer(known(round=2, remote_token=token, **random))
+    fixture.node.wait(client_punch.TURN_WAIT[1] + 0.1)
+    assert fixture.read()[2].punching
+    fixture.answer(known(round=3, punching=True, **random))
+    assert fixture.punch.searching
+    assert not fixture.failed
+    fixture.punch.cancel(fixture.node.now)
+    assert fixture.node.timers.deadline() is None
 
 
 def test_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 from support.dht_fakes import FakeNode, FakeRequest, context, reply
 
 from hyperseaport.transport import keys
-from hyperseaport.transport.dht import connect
+from hyperseaport.transport.dht import connect, lanes
 from hyperseaport.transport.dht.addresses import node_id
 from hyperseaport.transport.dht.connect import Attempt
 from hyperseaport.transport.dht.context import MAX_REMEMBERED, Connection, Route
@@ -157,7 +157,7 @@ def test_two_handshakes_run_in_parallel_with_the_same_bytes() -> None:
     assert fixture.asked[0].options["value"] == fixture.asked[1].options["value"]
     fixture.node.answer(fixture.asked[0], reply(RELAYS[0]))
     assert [request.to for request in fixture.asked] == [RELAYS[1], RELAYS[2]]
-    fixture.node.wait(connect.STAGGER)
+    fixture.node.wait(lanes.STAGGER)
     assert len(fixture.asked) == 3
 
 
@@ -180,7 +180,7 @@ def test_remembered_relays_come_first_and_without_a_query() -> None:
     fixture.connect()
     assert [request.to for request in fixture.asked] == RELAYS[:1]
     assert not fixture.node.queries
-    fixture.node.wait(connect.STAGGER)
+    fixture.node.wait(lanes.STAGGER)
     assert [request.to for request in fixture.asked] == RELAYS[:2]
     assert len(fixture.node.queries) == 1
     fixture.find(RELAYS[0], RELAYS[5])
@@ -214,7 +214,7 @@ def test_a_route_that_others_overtake_is_forgotten() -> None:
     fixture.context.remember_relays(KEY, tuple(RELAYS[:1]))
     fixture.context.remember_route(KEY, Route(SERVER_SOCKET, ("8.0.0.9", 1)))
     fixture.connect()
-    fixture.node.wait(connect.STAGGER)
+    fixture.node.wait(lanes.STAGGER)
     assert [request.to for request in fixture.asked] == [("8.0.0.9", 1), RELAYS[0]]
     fixture.answer(NoisePayload(firewall=Firewall.OPEN, udx=UDX), index=1)
     assert only(fixture.opened) == (CLIENT_SOCKET, SERVER, 99)
@@ -237,7 +237,7 @@ def test_nodes_are_bounded() -> None:
     while fixture.asked:
         fixture.node.answer(fixture.asked[0], reply(fixture.asked[0].to))
         answered += 1
-    assert answered == connect.MAX_RELAYS
+    assert answered == lanes.MAX_RELAYS
     fixture.node.finish(fixture.node.queries[0])
     assert isinstance(fixture.failed[0], PeerUnreachable)
 
@@ -293,11 +293,12 @@ def test_the_first_genuine_answer_wins() -> None:
     ("payload", "text"),
     [
         (bytes.fromhex("02030405060708"), "version 2"),
-        (NoisePayload(error=1), "error 1"),
+        (NoisePayload(error=1), f"refuses this key, {KEYS.public_key.hex()}"),
+        (NoisePayload(error=9), "error 9"),
         (NoisePayload(), "refused"),
         (b"\x01", "broken"),
     ],
-    ids=["version", "error", "no udx", "broken"],
+    ids=["version", "refused", "unknown error", "no udx", "broken"],
 )
 def test_an_answer_that_cannot_be_used(payload: NoisePayload | bytes, text: str) -> None:
     """Checklist 39."""
@@ -596,12 +597,12 @@ def test_nodes_of_a_small_network_are_asked_at_once() -> None:
         table.add(Contact(node_id(node), node, 0))
     fixture.node.table = table  # type: ignore[assignment]
     fixture.connect()
-    nearest = [contact.address for contact in table.nearest(TARGET, connect.GUESSES)]
+    nearest = [contact.address for contact in table.nearest(TARGET, lanes.GUESSES)]
     assert [request.to for request in fixture.asked] == nearest
     assert len(fixture.node.queries) == 1
     # They are not asked again, and nothing is missed if they do not know the server.
     fixture.find(nearest[0], next(node for node in nodes if node not in nearest))
-    assert len(fixture.asked) == connect.GUESSES + 1
+    assert len(fixture.asked) == lanes.GUESSES + 1
 
 
 def test_patience_has_an_end() -> None:
@@ -609,7 +610,7 @@ def test_patience_has_an_end() -> None:
     fixture.connect()
     fixture.find(*RELAYS[:6])
     fixture.node.finish(fixture.node.queries[0])
-    fixture.node.wait(connect.PATIENCE - 0.1)
+    fixture.node.wait(lanes.PATIENCE - 0.1)
     assert not fixture.failed
     fixture.node.wait(0.2)
     assert isinstance(fixture.failed[0], PeerUnreachable)

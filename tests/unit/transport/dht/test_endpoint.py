@@ -9,6 +9,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from math import inf
 from random import Random
 from typing import Any
 
@@ -20,16 +21,15 @@ from hyperseaport.transport import keys
 from hyperseaport.transport.channel import Channel
 from hyperseaport.transport.dht import endpoint as module
 from hyperseaport.transport.dht.endpoint import (
+    ANSWERED,
     LOOK,
-    MAX_RUN,
-    SMALL,
     Endpoint,
     EndpointConfig,
     Listener,
-    parse_address,
-    resolve,
 )
+from hyperseaport.transport.dht.hyperdht import HyperDHT
 from hyperseaport.transport.dht.messages import ANNOUNCE
+from hyperseaport.transport.dht.runs import MAX_RUN, SMALL, together
 from hyperseaport.transport.dht.wire import FIND_NODE, REQUEST, decode_request
 from hyperseaport.transport.errors import (
     Closed,
@@ -43,7 +43,7 @@ from hyperseaport.transport.errors import (
 )
 from hyperseaport.transport.keys import KeyPair
 from hyperseaport.transport.liveness import EARLY, INTERVAL
-from hyperseaport.transport.machine import Machine
+from hyperseaport.transport.machine import Machine, parse_address, resolve
 from hyperseaport.transport.transmit import Address, Transmit
 
 HOST = "127.0.0.1"
@@ -380,11 +380,11 @@ async def virtual_pair(
     return server, client
 
 
-def test_a_client_that_is_not_allowed_gets_no_answer(wire: type[MemoryUdp]) -> None:
+def test_a_client_that_is_not_allowed_is_refused(wire: type[MemoryUdp]) -> None:
     async def scenario() -> None:
         accepted: list[Channel] = []
         server, client = await virtual_pair(accepted, frozenset((CLIENT_KEYS.public_key,)))
-        with pytest.raises(ConnectError):
+        with pytest.raises(ConnectError, match="refuses this key"):
             await client.connect(SERVER_KEYS.public_key, key_pair=KeyPair.from_seed(bytes(32)))
         assert accepted == []
         assert client.channels == server.channels == 0
@@ -492,6 +492,34 @@ def test_bytes_are_counted_over_its_whole_life(wire: type[MemoryUdp]) -> None:
             ours, theirs = client.metrics(), server.metrics()
             assert (ours["bytes.sent"], ours["bytes.received"]) == (1234, 234)
             assert (theirs["bytes.sent"], theirs["bytes.received"]) == (1234, 1234)
+        await client.close()
+        await server.close()
+
+    run_virtual(scenario())
+
+
+def test_when_bytes_last_moved_through_pipes(wire: type[MemoryUdp]) -> None:
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        own, piped = await idle_channels(client, 2)
+        assert own.moved_at == piped.moved_at == -inf
+        piped.piped = True
+        own.write(b"of the program itself")
+        await asyncio.sleep(1.0)
+        assert client.piped_at == -inf
+        piped.write(b"x")
+        wrote = client.now()
+        await asyncio.sleep(1.0)
+        # The echo is the last that moved.
+        echoed = client.piped_at
+        assert wrote < echoed < wrote + 0.5
+        # Heartbeats are nobody's bytes, and the channel's end forgets nothing.
+        await asyncio.sleep(60.0)
+        piped.abort()
+        own.write(b"y")
+        await asyncio.sleep(1.0)
+        assert (client.channels, client.piped_at) == (1, echoed)
         await client.close()
         await server.close()
 
@@ -695,6 +723,62 @@ def test_a_new_address_is_announced_at_once(
     run_virtual(scenario())
 
 
+def test_channels_go_on_from_a_new_address(
+    wire: type[MemoryUdp], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        places = Places(monkeypatch)
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        channels = await idle_channels(client, 3)
+        await asyncio.sleep(101)
+        for udp in client._sockets.values():
+            wire.bound[("10.0.0.3", udp.address[1])] = wire.bound.pop(udp.address)
+            udp.address = ("10.0.0.3", udp.address[1])
+        places.hosts["10.0.0.2"] = ("10.0.0.3",)
+        # The looks are LOOK apart at least, when a timer rings.
+        await asyncio.sleep(INTERVAL)
+        assert {channel.stream.address[0] for channel in accepted} == {"10.0.0.3"}
+        assert server.metrics()["peers.moved"] == 1
+        for channel in (*channels, *accepted):
+            channel.write(b"still here")
+        channels.append(await client.connect(SERVER_KEYS.public_key))
+        await asyncio.sleep(60)
+        assert client.channels == server.channels == 4
+        assert len(server._liveness) == 1
+        client.kill()
+        server.kill()
+
+    run_virtual(scenario())
+
+
+def test_who_does_not_answer_a_heartbeat_is_suspected(
+    wire: type[MemoryUdp], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        suspects: list[tuple[float, bytes]] = []
+        monkeypatch.setattr(HyperDHT, "silent", lambda _core, key, now: suspects.append((now, key)))
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        (channel,) = await idle_channels(client, 1)
+        await asyncio.sleep(100)
+        assert not suspects
+        wire.bound.clear()  # the network is gone
+        gone = loop.time()
+        await asyncio.sleep(INTERVAL + ANSWERED + 0.1)
+        assert SERVER_KEYS.public_key in [key for _, key in suspects]
+        assert min(when for when, _ in suspects) >= gone + ANSWERED
+        await losses(channel)
+        client.kill()
+        server.kill()
+        suspects.clear()
+        await asyncio.sleep(60)
+        assert not suspects
+
+    run_virtual(scenario())
+
+
 def test_small_datagrams_of_one_size_for_one_address_become_a_run() -> None:
     here, there = ("10.0.0.1", 1), ("10.0.0.2", 2)
     sent = [
@@ -706,7 +790,7 @@ def test_small_datagrams_of_one_size_for_one_address_become_a_run() -> None:
         Transmit(1, there, (b"f" * 4, b"f" * 4), 4),
         Transmit(1, there, (b"g" * 4,)),
     ]
-    runs = list(module._together(sent))
+    runs = list(together(sent))
     assert runs == [Transmit(0, here, (b"aa", b"a", b"bbb"), 3), *sent[2:]]
     assert [each for run in runs for each in datagrams(run)] == [
         each for transmit in sent for each in datagrams(transmit)
@@ -716,12 +800,12 @@ def test_small_datagrams_of_one_size_for_one_address_become_a_run() -> None:
 @pytest.mark.parametrize("count", [1, MAX_RUN, MAX_RUN + 1, 3 * MAX_RUN])
 def test_a_run_is_no_longer_than_the_kernel_takes(count: int) -> None:
     sent = [Transmit(0, ("10.0.0.1", 1), (bytes([n % 256]),)) for n in range(count)]
-    runs = list(module._together(sent))
+    runs = list(together(sent))
     assert max(len(run.buffers) for run in runs) <= MAX_RUN
     assert len(runs) == -(-count // MAX_RUN)
     assert [each for run in runs for each in datagrams(run)] == [t.buffers[0] for t in sent]
     large = [Transmit(0, ("10.0.0.1", 1), (bytes(SMALL + 1),)) for _ in range(3)]
-    assert list(module._together(large)) == large
+    assert list(together(large)) == large
 
 
 def test_channels_live_as_long_as_both_sides_do(wire: type[MemoryUdp]) -> None:
@@ -860,5 +944,30 @@ def test_the_end_resets_the_peers_at_once(wire: type[MemoryUdp], leave: str) -> 
         assert isinstance(protocol.lost[0], StreamReset)
         assert asyncio.get_running_loop().time() - before < 1
         await client.close()
+
+    run_virtual(scenario())
+
+
+def test_a_small_message_leaves_at_once_and_many_leave_together(wire: type[MemoryUdp]) -> None:
+    async def scenario() -> None:
+        accepted: list[Channel] = []
+        server, client = await virtual_pair(accepted)
+        one, two = await idle_channels(client, 2)
+        await asyncio.sleep(1.0)
+        wire.sent.clear()
+        one.write(b"alone")
+        assert len(wire.sent) == 1
+        two.write(b"so soon")
+        one.write(b"after it")
+        assert len(wire.sent) == 1
+        await asyncio.sleep(0)
+        assert len(wire.sent) == 3
+        await asyncio.sleep(1.0)
+        two.write(b"x" * 5000)
+        assert one.bytes_read == len(b"aloneafter it")
+        await asyncio.sleep(1.0)
+        assert two.bytes_read == len(b"so soon") + 5000
+        await client.close()
+        await server.close()
 
     run_virtual(scenario())

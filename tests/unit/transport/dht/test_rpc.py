@@ -83,6 +83,8 @@ def test_an_answer_ends_it_and_has_a_round_trip_time() -> None:
     assert bench.answer(pending, now=1.25)
     assert bench.done[0][0] is not None
     assert bench.done[0][0].rtt == pytest.approx(0.25)
+    # It was repeated once.
+    assert bench.done[0][0].waited == pytest.approx(1.25)
     assert bench.run(100.0) == []
     assert len(bench.done) == 1
 

@@ -17,6 +17,7 @@ from hyperseaport.transport.dht.messages import (
     HolepunchPayload,
     Mode,
     NoisePayload,
+    PeerError,
     PeerRecord,
     Relay,
     UdxInfo,
@@ -179,8 +180,8 @@ def test_copies_get_the_same_answer_and_one_connection() -> None:
     assert second != first
 
 
-def test_rejection_is_silent() -> None:
-    """Checklist 42."""
+def test_the_rejected_are_told_so_and_nothing_else() -> None:
+    """Unlike checklist 42: their programs need not wait for an answer that never comes."""
     asked: list[tuple[bytes, Address]] = []
 
     def reject(public_key: bytes, address: Address) -> bool:
@@ -188,9 +189,10 @@ def test_rejection_is_silent() -> None:
         return True
 
     fixture = Fixture(firewall=reject)
-    _, noise = initiator()
-    assert fixture.handshake(noise) is None
-    assert fixture.handshake(noise) is None
+    one, noise = initiator()
+    told = fixture.handshake(noise)
+    assert fixture.handshake(noise) == told
+    assert read(one, told) == NoisePayload(error=PeerError.ABORTED)
     assert asked == [(CLIENT_KEYS.public_key, CLIENT)]
     assert len(fixture.context.mux) == 0
     assert not fixture.connections

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -230,6 +231,34 @@ def test_a_second_search_is_for_later() -> None:
     fixture.send(asked)
     assert fixture.only() == HolepunchPayload(error=PeerError.TRY_LATER, round=1)
     assert len(fixture.context.punches) == 1
+
+
+def test_with_a_relay_a_search_without_a_turn_goes_on_later() -> None:
+    """4.3, step 8: the answer tells all, and what the client has proven still holds."""
+    fixture = Fixture()
+    fixture.punch.patient = True
+    other = fixture.context.punches.create(bytes(32))
+    assert other is not None
+    assert other.reserve(0.0)
+    fixture.send(HolepunchPayload())
+    token = fixture.only().token
+    asked = HolepunchPayload(
+        round=1,
+        punching=True,
+        firewall=Firewall.RANDOM,
+        addresses=((CLIENT[0], 0),),
+        remote_token=token,
+    )
+    fixture.send(asked)
+    answer = fixture.only()
+    assert answer.error == PeerError.TRY_LATER
+    assert (answer.firewall, answer.addresses) == (Firewall.CONSISTENT, (MINE,))
+    assert not answer.punching
+    assert fixture.started == [True]
+    other.close(0.0)
+    fixture.send(replace(asked, round=2, remote_token=None))
+    assert fixture.only().punching
+    assert fixture.started == [True, True]
 
 
 def test_too_many_are_for_later(monkeypatch: pytest.MonkeyPatch) -> None:

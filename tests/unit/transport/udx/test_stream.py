@@ -10,7 +10,8 @@ import pytest
 from hyperseaport.transport.errors import Closed, InvalidInput, StreamReset, StreamTimeout
 from hyperseaport.transport.transmit import Address
 from hyperseaport.transport.udx import packet as wire
-from hyperseaport.transport.udx.exchange import MAX_MESSAGES
+from hyperseaport.transport.udx.bbr import INITIAL_WINDOW
+from hyperseaport.transport.udx.exchange import MAX_MESSAGES, MAX_STALLS, STALL
 from hyperseaport.transport.udx.mux import TIME_WAIT
 from hyperseaport.transport.udx.stream import Stream
 
@@ -254,7 +255,8 @@ class TestConnecting:
         with pytest.raises(InvalidInput):
             other.connect(0, 2**32, ELSEWHERE, 0.0)
 
-    def test_change_remote_moves_what_is_new(self, hand: Any) -> None:
+    def test_change_remote_moves_what_is_new_and_what_is_repeated(self, hand: Any) -> None:
+        """Pitfall 21 of spec: hyperdht 9.1."""
         it = hand()
         it.stream.write(b"old", 0.0)
         it.sent()
@@ -264,12 +266,222 @@ class TestConnecting:
         assert (packet.id, packet.seq) == (77, 1)
         assert (it.transmits[0].socket, it.transmits[0].address) == (1, ELSEWHERE)
         again = [each for _, each in it.wait(1.0)]
-        assert [(each.id, each.seq) for each in again] == [(1234, 0)]
-        assert (it.transmits[0].socket, it.transmits[0].address) == (1, ("10.0.0.2", 1234))
+        assert [(each.id, each.seq) for each in again] == [(77, 0)]
+        assert (it.transmits[0].socket, it.transmits[0].address) == (1, ELSEWHERE)
         it.stream.firewall = lambda *_: True
         it.give(ACK, ack=2, socket=0)
         it.stream.write(b"last", it.now)
         assert [each.id for each in it.sent()] == [77]
+
+    def test_migrate_sends_everything_again_and_slowly(self, hand: Any) -> None:
+        it = hand()
+        it.stream.write(bytes(2_000_000), 0.0)
+        it.sent()
+        for _ in range(4):
+            it.now += 0.01
+            it.give(ACK, ack=it.stream._sender.flight.next)
+            it.wait(it.now + 0.01)
+        una = it.stream.acknowledged
+        outstanding = it.stream._sender.flight.outstanding
+        assert outstanding > INITIAL_WINDOW
+        it.stream.migrate(1, ELSEWHERE, it.now)
+        packets = it.sent()
+        data = [each.seq for each in packets if each.type == DATA]
+        assert data == list(range(una, una + int(INITIAL_WINDOW)))
+        # It tells what has arrived, so that the peer goes on, too.
+        assert packets[-1].type == ACK
+        assert {(each.socket, each.address) for each in it.transmits} == {(1, ELSEWHERE)}
+        it.now += 0.05
+        it.give(ACK, ack=una + outstanding, socket=1, source=ELSEWHERE)
+        assert it.stream.acknowledged == una + outstanding
+        with pytest.raises(InvalidInput):
+            hand(connect=False).stream.migrate(1, ELSEWHERE, 0.0)
+
+    def test_what_is_sent_aside_goes_elsewhere_and_nothing_else_does(self, hand: Any) -> None:
+        it = hand()
+        it.stream.send_aside(b"question", 2, ELSEWHERE)
+        it.stream.acknowledge_aside(2, ELSEWHERE)
+        assert [(each.type, each.payload) for each in it.sent()] == [
+            (MESSAGE, b"question"),
+            (ACK, b""),
+        ]
+        assert {(each.socket, each.address) for each in it.transmits} == {(2, ELSEWHERE)}
+        it.stream.write(b"data", 0.0)
+        it.sent()
+        assert it.transmits[0].address == ("10.0.0.2", 1234)
+
+
+class TestStalls:
+    """The peer has more to send, and does not."""
+
+    def test_it_is_asked_ever_less_often(self, hand: Any) -> None:
+        it = hand()
+        it.stream.expects = True
+        it.give(DATA, 0, payload=b"half")
+        times = [round(when, 3) for when, each in it.wait(100.0) if each.type == HEARTBEAT]
+        assert times == [STALL * 2**n for n in range(MAX_STALLS)]
+
+    def test_what_is_heard_begins_the_wait_anew(self, hand: Any) -> None:
+        it = hand()
+        it.stream.expects = True
+        it.give(DATA, 0, payload=b"half")
+        it.wait(0.9)
+        it.give(ACK)
+        assert not [each for _, each in it.wait(0.9 + STALL - 0.01) if each.type == HEARTBEAT]
+        assert [each for _, each in it.wait(0.9 + STALL + 0.01) if each.type == HEARTBEAT]
+
+    def test_nobody_is_asked_who_has_said_all(self, hand: Any) -> None:
+        it = hand()
+        it.give(DATA, 0, payload=b"whole")
+        assert not [each for _, each in it.wait(100.0) if each.type == HEARTBEAT]
+
+
+class TestStrays:
+    """Packets of a connected stream from elsewhere."""
+
+    def test_without_a_watcher_they_are_let_in(self, hand: Any) -> None:
+        it = hand()
+        it.give(DATA, 0, payload=b"home")
+        it.give(DATA, 1, payload=b"away", source=ELSEWHERE)
+        assert it.read() == b"homeaway"
+        assert it.stream.address == ("10.0.0.2", 1234)
+
+    @pytest.mark.parametrize("lets_in", [True, False])
+    def test_a_watcher_decides(self, hand: Any, lets_in: bool) -> None:
+        it = hand()
+        watcher = it.stream.watcher = Watcher(lets_in)
+        it.give(DATA, 0, payload=b"not yet settled", source=ELSEWHERE)
+        it.give(DATA, 1, payload=b"home")
+        assert it.read() == b"not yet settledhome"
+        assert not watcher.strays
+        it.give(DATA, 2, payload=b"away", source=ELSEWHERE)
+        assert it.read() == (b"away" if lets_in else b"")
+        assert watcher.strays == [b"away"]
+        assert watcher.let == ([ELSEWHERE] if lets_in else [])
+        assert it.mux.stats.strays == (not lets_in)
+        it.stream.destroy(0.0)
+        assert watcher.over == [it.stream]
+
+    def test_runs_are_no_way_around_it(self, hand: Any) -> None:
+        it = hand()
+        watcher = it.stream.watcher = Watcher(False)
+        it.give(ACK)
+        packets = [wire.encode(wire.Packet(DATA, 7, 0, seq, 0, b"x" * 100)) for seq in range(5)]
+        it.mux.receive_run(memoryview(b"".join(packets)), 120, 0, ELSEWHERE, 0.0)
+        assert it.read() == b""
+        assert len(watcher.strays) == 5
+
+    def test_what_does_not_decode_is_counted(self, hand: Any) -> None:
+        it = hand()
+        watcher = it.stream.watcher = Watcher(True)
+        it.give(ACK)
+        broken = bytearray(wire.encode(wire.Packet(DATA, 7, 0, 0, 0, b"x")))
+        broken[3] = 200
+        assert it.mux.receive(bytes(broken), 0, ELSEWHERE, 0.0)
+        assert it.mux.stats.malformed == 1
+        assert not watcher.strays
+
+    def test_it_hears_messages_first(self, hand: Any) -> None:
+        it = hand()
+        it.stream.watcher = Watcher(True)
+        it.give(MESSAGE, payload=b"for it")
+        it.give(MESSAGE, payload=b"for the reader")
+        assert list(it.stream.messages) == [b"for the reader"]
+
+
+class Watcher:
+    """Notes what it is asked."""
+
+    def __init__(self, lets_in: bool) -> None:
+        self.lets_in = lets_in
+        self.strays: list[bytes] = []
+        self.let: list[Address] = []
+        self.over: list[Stream] = []
+
+    def stray(
+        self, stream: Stream, packet: wire.Packet, socket: int, source: Address, now: float
+    ) -> bool:
+        self.strays.append(packet.payload)
+        return self.lets_in
+
+    def let_in(self, stream: Stream, socket: int, source: Address) -> None:
+        self.let.append(source)
+
+    def told(self, stream: Stream, payload: bytes, now: float) -> bool:
+        return payload == b"for it"
+
+    def closed(self, stream: Stream) -> None:
+        self.over.append(stream)
+
+
+class TestThroughARelay:
+    """What a stream needs that may run through a relay (spec: hyperdht 5.8)."""
+
+    def test_copies_change_no_account(self, hand: Any) -> None:
+        it = hand()
+        it.stream.write(b"header", 0.0)
+        it.stream.write(bytes(5 * FULL), 0.0)
+        first = [each.seq for each in it.sent()]
+        in_flight = it.stream._sender.flight.in_flight
+        it.stream.repeat(0.0)
+        assert [(each.type, each.seq) for each in it.sent()] == [(DATA, seq) for seq in first[:3]]
+        assert it.stream._sender.flight.in_flight == in_flight
+        assert it.mux.stats.retransmissions == 3
+        assert it.mux.stats.sent == len(first) + 3
+        # The round trip is still known.
+        it.now = 0.3
+        it.give(ACK, ack=1)
+        assert it.stream.round_trip == pytest.approx(0.3)
+
+    def test_without_anything_to_repeat_an_answer_is_asked_for(self, hand: Any) -> None:
+        it = hand()
+        it.stream.repeat(0.0)
+        assert [each.type for each in it.sent()] == [HEARTBEAT]
+        it.stream.destroy(0.0)
+        it.sent()
+        it.stream.repeat(0.0)
+        assert not it.sent()
+
+    def test_counts_of_what_has_left_and_arrived(self, hand: Any) -> None:
+        it = hand()
+        it.stream.write(bytes(2 * FULL), 0.0)
+        count = len(it.sent())
+        assert (it.stream.acknowledged, it.stream.departed) == (0, count)
+        it.give(ACK, ack=1)
+        assert (it.stream.acknowledged, it.stream.departed) == (1, count)
+
+    def test_packets_from_elsewhere_are_asked_about_on_the_same_socket(self, hand: Any) -> None:
+        it = hand()
+        asked: list[tuple[int, Address]] = []
+
+        def firewall(_stream: Any, socket: int, source: Address, _now: float) -> bool:
+            asked.append((socket, source))
+            return source != ELSEWHERE
+
+        home = it.stream.address
+        it.stream.firewall = firewall
+        it.stream.origin = home
+        run = b"".join(wire.encode(wire.Packet(DATA, 7, 0, seq, 0, b"x")) for seq in range(3))
+        for source in (ELSEWHERE, home):
+            it.mux.receive(wire.encode(wire.Packet(ACK, 7, 0, 0, 0)), 0, source, 0.0)
+            it.mux.receive_run(memoryview(run), len(run) // 3, 0, source, 0.0)
+        assert asked == [(0, ELSEWHERE)] * 4
+        assert it.mux.stats.blocked == 4
+        assert it.read() == b"xxx"
+        it.stream.origin = None
+        it.give(DATA, 3, payload=b"y")
+        assert len(asked) == 4
+
+    def test_an_end_that_somebody_else_decides_on(self, hand: Any) -> None:
+        it = hand()
+        closed: list[bool] = []
+        it.stream.on_close = lambda: closed.append(it.stream.closed)
+        error = StreamReset("gone")
+        it.stream.fail(error, 0.0)
+        it.stream.fail(StreamReset("again"), 0.0)
+        assert [each.type for each in it.sent()] == [DESTROY]
+        assert it.stream.error is error
+        assert closed == [True]
 
 
 class TestSending:
