@@ -279,16 +279,17 @@ class World:
 
     @contextlib.asynccontextmanager
     async def proxy(
-        self, cell: Cell, role: str, *, site: Site | None = None
+        self, cell: Cell, role: str, *, site: Site | None = None, patience: float | None = None
     ) -> AsyncIterator[tuple[Host, Proxy]]:
-        """A new proxy for a role, which has not connected to its service yet, and its host."""
+        """A new proxy for a role, which has not connected to its service yet, and its host. Ours
+        tries for `patience` seconds, by default as long as the cell's clients wait."""
         host = (site or self.site(cell.proxy_site, of_service=False)).hosts[-1]
         place = self.folder(f"proxy-{cell.proxy}"), self.bootstrap, self.key
         wanted = f"{role}@1.x"
         with host.entered():
             proxy: Proxy
             if cell.proxy == "ours":
-                options = ["--connect-timeout", f"{cell.limit:g}"]
+                options = ["--connect-timeout", f"{patience or cell.limit:g}"]
                 proxy = OurProxy(*place, role=wanted, options=options)
             else:
                 proxy = PROXIES[cell.proxy](*place, role=wanted)
