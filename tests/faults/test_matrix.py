@@ -1,4 +1,4 @@
-"""Each kind of actor of the three programs, hurt in each way: what goes on, what restarts, what
+"""Each kind of actor of the four programs, hurt in each way: what goes on, what restarts, what
 stays behind. What was seen is `docs/fault-matrix.md`."""
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Theatre:
         if self._world is None:
             self._worlds += 1
             self._world = World()
-            await self._world.boot(self._stack, self._home / str(self._worlds))
+            await self._world.boot(self._stack, self._home / str(self._worlds), relay=True)
             # What is loaded with the first connections.
             await self._world.open(TRANSFERS, FIRST)
             await self._world.finish()

@@ -32,7 +32,9 @@ from hyperseaport.actors.health import HealthArgs, TcpCheck
 from hyperseaport.actors.messages import Connect, Describe
 from hyperseaport.actors.system import ActorRuntime
 from hyperseaport.supervisor import ChildSpec, Supervisor, SupervisorSpec, TerminateChild
+from hyperseaport.transport.dht import endpoint as node
 from hyperseaport.transport.dht.endpoint import EndpointConfig
+from hyperseaport.transport.dht.relay_server import RelayLimits
 from hyperseaport.transport.keys import KeyPair
 
 from .endpoint import MemoryEndpoint, MemoryNetwork
@@ -51,6 +53,7 @@ HANGS = 0.5
 
 ROLE = "echo@1.2.3"
 REGISTRY = KeyPair.from_seed(b"\x05" * 32)
+RELAY = KeyPair.from_seed(b"\x06" * 32)
 
 
 class Watched(ActorRuntime):
@@ -274,6 +277,7 @@ class World:
         self._change = asyncio.Event()
         self.transfers = Transfers(self.changed)
         self.programs: list[Program] = []
+        self.relay: Program | None = None
         self.registry: Program
         self.service: Program
         self.proxy: Program
@@ -300,8 +304,15 @@ class World:
         except TimeoutError:
             raise AssertionError(f"{what}: not so within {within:g} s") from None
 
-    async def boot(self, stack: AsyncExitStack, home: Path, memory: Memory | None = None) -> None:
-        """Start the three programs; on real nodes, or in memory."""
+    async def boot(
+        self,
+        stack: AsyncExitStack,
+        home: Path,
+        memory: Memory | None = None,
+        *,
+        relay: bool = False,
+    ) -> None:
+        """Start the three programs, on real nodes or in memory, and a blind relay beside them."""
         self._memory = memory
         self._home = home
         (home / "run").mkdir(parents=True, mode=0o700)
@@ -318,6 +329,11 @@ class World:
         self.service = await self.run_service(stack, "service", ROLE, target, health=health)
         self.proxy = await self.run_proxy(stack, "proxy", "echo@1.x")
         self.port = port_of(self.proxy)
+        if relay:
+            relays = partial(deployment.relay_tree, self._config, RELAY, limits=RelayLimits())
+            self.relay = await self._run(stack, "relay", relays)
+            self._visitor = await node.Endpoint.open(self._config)
+            stack.push_async_callback(self._visitor.close)
         await self.healed()
 
     async def run_service(
@@ -379,10 +395,20 @@ class World:
         count = len(self.transfers.open)
         for program in (self.service, self.proxy):
             await self.until(partial(_has, program, count), f"the {program.name} has {count} pipes")
+        clients = [each for each in self.programs if each not in (self.registry, self.relay)]
         await self.until(
-            lambda: self.registry.count("/root/node/registry/sessions") == len(self.programs) - 1,
+            lambda: self.registry.count("/root/node/registry/sessions") == len(clients),
             "the registry has a session for each client",
         )
+        await self._visited()
+
+    async def _visited(self) -> None:
+        """There is somebody at the relay."""
+        sessions = "/root/node/relay/sessions"
+        while self.relay is not None and not self.relay.count(sessions):
+            channel = await self._visitor.connect(RELAY.public_key)
+            channel.set_protocol(asyncio.Protocol())
+            await self.until(partial(self.relay.count, sessions), "the relay has a session")
 
     def _whole(self) -> bool:
         for program in self.programs:

@@ -26,7 +26,7 @@ TASK = "an owned task raises"
 HANG = "hangs"
 FAULTS = (IDLE, BUSY, HANDLER, TASK, HANG)
 
-#: Every kind of actor of the three trees; N, KEY and PORT stand for what differs from run to run.
+#: Every kind of actor of the four trees; N, KEY and PORT stand for what differs from run to run.
 KINDS: dict[str, tuple[str, ...]] = {
     "registry": (
         "console",
@@ -69,6 +69,17 @@ KINDS: dict[str, tuple[str, ...]] = {
         "node/proxy:PORT/resolver",
         "node/proxy:PORT/listener",
     ),
+    "relay": (
+        "console",
+        "control",
+        "node",
+        "node/endpoint",
+        "node/relay",
+        "node/relay/books",
+        "node/relay/sessions",
+        "node/relay/sessions/N",
+        "node/relay/listener",
+    ),
 }
 _PATTERNS = {"N": r"\d+", "KEY": "[0-9a-f]{8}", "PORT": r"\d+", "ROLE": "[^/]+"}
 
@@ -100,7 +111,7 @@ def kind_of(path: str) -> str:
 def survivors(program: Program, path: str, kind: str, fault: str) -> int:
     """Of `TRANSFERS`, those that do not run through the actor, nor through one that its failure
     takes with it."""
-    if program.name == "registry":
+    if program.name in ("registry", "relay"):
         return TRANSFERS
     if kind.endswith("/pipes/N"):
         return TRANSFERS - 1
@@ -305,9 +316,9 @@ _HEAD = """\
 # What fails, and what that does
 
 Written by `tests/faults/test_matrix.py` from what it has seen (`WRITE_SNAPSHOT=1` writes it anew);
-a run that sees anything else fails. Registry, service and proxy run as the commands run them, with
-nodes on a private DHT of 127.0.0.1. While {transfers} transfers run through the proxy, each in both
-directions, one actor is hurt. Every time:
+a run that sees anything else fails. Registry, service, proxy and a blind relay run as the commands
+run them, with nodes on a private DHT of 127.0.0.1. While {transfers} transfers run through the
+proxy, each in both directions, one actor is hurt. Every time:
 
 - A transfer goes on with the right bytes, or both its ends see a reset. No part passes for a whole.
 - No actor restarts but those named here, in that order, and they have ended in the reverse order.
@@ -316,8 +327,8 @@ directions, one actor is hurt. Every time:
   known, and the next connection works at the first attempt.
 - When the connections have ended, actors, tasks and descriptors are as many as before.
 
-A supervisor (`node`, `pipes`, `links`, `registry`, `sessions`, `service:...`, `proxy:...`) restarts
-with all its children. A client that connects to the proxy in the moment in which the actor
+A supervisor (`node`, `pipes`, `links`, `registry`, `relay`, `sessions`, `service:...`, `proxy:...`)
+restarts with all its children. A client that connects to the proxy in the moment in which the actor
 dies is served, at once or after waiting, or sees a reset: which of these is a matter of luck.
 """
 
