@@ -114,6 +114,8 @@ class Attempts:
         self.failed: set[bytes] = set()
         #: How many there ever were.
         self.made = 0
+        #: Why the last one failed; empty while none has.
+        self.last_failure = ""
 
     @property
     def tried(self) -> frozenset[bytes]:
@@ -302,6 +304,7 @@ class Seeker(Actor):
 
     def _failed(self, key: bytes, reason: str) -> None:
         self._attempts.failed.add(key)
+        self._attempts.last_failure = reason
         self._tell(ServiceFailed(key, reason))
 
     def _tell(self, news: ServiceFailed | ServiceTaken | ServiceWorked) -> None:
@@ -315,7 +318,10 @@ class Seeker(Actor):
             self._give_up(f"none in {self._proxied.connect_timeout:g} s")
 
     def _give_up(self, reason: str) -> None:
-        self.log.warning("no service reached", tried=self._attempts.made, reason=reason)
+        attempts = self._attempts
+        # What the user can do something about is why the instances failed.
+        why = {"last_failure": attempts.last_failure} if attempts.last_failure else {}
+        self.log.warning("no service reached", tried=attempts.made, reason=reason, **why)
         self.stop()
 
     # Joined

@@ -402,6 +402,7 @@ async def test_when_the_time_is_over_the_client_is_reset() -> None:
         assert stage.pipe.reason == NORMAL
     (entry,) = stage.logged("no service reached")
     assert (entry["reason"], entry["tried"]) == ("none in 2 s", 1)
+    assert "last_failure" not in entry
 
 
 @virtual
@@ -529,6 +530,7 @@ async def test_one_that_breaks_again_and_again_ends_with_the_clients_time() -> N
         assert 2 <= stage.host(A).attempts <= 6
     (entry,) = stage.logged("no service reached")
     assert entry["reason"] == "none in 5 s"
+    assert entry["last_failure"] == "the peer destroyed the connection"
 
 
 @virtual
