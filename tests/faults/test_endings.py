@@ -14,7 +14,7 @@ from support.faults_endings import Endings
 
 from hyperseaport.actors import endpoint
 from hyperseaport.transport.dht import server
-from hyperseaport.transport.udx import mux
+from hyperseaport.transport.udx import time_wait
 
 #: Connections in all, and those of them after which it is counted what is there: by then all is
 #: made that is made once, and allocators have seen the busiest moment.
@@ -41,7 +41,7 @@ RESIDENT = 16 << 20
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    monkeypatch.setattr(mux, "TIME_WAIT", MEMORY)
+    monkeypatch.setattr(time_wait, "TIME_WAIT", MEMORY)
     monkeypatch.setattr(server, "HANDSHAKE_MEMORY", MEMORY)
     monkeypatch.setattr(endpoint, "HANDOVER", 2 * MEMORY)
     yield

@@ -83,7 +83,7 @@ class Owner(Protocol):
         """Send the last packet of a stream that closes."""
 
     def retire(self, stream: Exchange, farewell: Transmit | None) -> None:
-        """The stream is closed; ``farewell`` answers a peer that missed its last ACK."""
+        """The stream is closed; ``farewell`` answers a peer that missed its last packet."""
 
 
 class Watcher(Protocol):
@@ -619,11 +619,15 @@ class Exchange:
 
     def _close(self, error: Broken | None, last: int | None, *, lingering: bool) -> None:
         """Close. ``last`` is the type of one last packet; ``lingering`` goes on answering a peer
-        that missed the last ACK."""
+        that missed the last ACK. A peer that missed a DESTROY is always answered: it would wait for
+        us until its keep-alives time out."""
         farewell = None
         if last is not None:
             self._owner.stats.acks += last == wire.ACK
-            self._owner.say(self._control(last))
+            packet = self._control(last)
+            self._owner.say(packet)
+            if last == wire.DESTROY:
+                farewell = packet
         if lingering:
             farewell = self._control(wire.ACK)
         self.closed = True

@@ -21,12 +21,7 @@ from .packet import HEADER, HEADER_BYTES, decode
 from .receive import RECEIVE_WINDOW
 from .sender import MIN_PROBE_TIMEOUT
 from .stream import Stream
-
-#: Seconds for which a closed stream still answers its peer: as long as a peer repeats its END that
-#: got no answer (spec: udx 2.4, which has 5 s, and 4.6).
-TIME_WAIT = 13.0
-#: Closed streams remembered at most; the oldest are forgotten first. About 400 bytes each.
-MAX_TIME_WAIT = 16384
+from .time_wait import TimeWait
 
 #: How the header of a packet begins that carries data and nothing else.
 _PLAIN = bytes((wire.MAGIC, wire.VERSION, wire.DATA, 0))
@@ -34,8 +29,6 @@ _ACK = bytes((wire.MAGIC, wire.VERSION, wire.ACK, 0))
 #: Set in the difference of two numbers of the wire if the second is before the first.
 _BACKWARDS = 0x80000000
 _unpack = HEADER.unpack_from
-#: What a peer sends that has not heard that the stream is over.
-_WANTS_ANSWER = wire.DATA | wire.END | wire.HEARTBEAT
 
 
 class Mux:
@@ -51,9 +44,6 @@ class Mux:
         "_changed",
         "_deadlines",
         "_dirty",
-        "_farewells",
-        "_forget_at",
-        "_news_over",
         "_order",
         "_outbox",
         "_over",
@@ -83,12 +73,7 @@ class Mux:
         self._order = 0
         # Entries of the heap that belong to closed streams.
         self._stale = 0
-        # Closed streams: id -> when closed (None: not yet noted) and answer; oldest first.
-        self._over: dict[int, tuple[float | None, Transmit | None]] = {}
-        self._farewells: dict[int, Transmit] = {}
-        # Some of them are not noted.
-        self._news_over = False
-        self._forget_at: float | None = None
+        self._over = TimeWait()
         #: Passes on what is for streams of others, which do not count as ours.
         self.forwarder = Forwarder(self._unused_id, self.say)
 
@@ -110,7 +95,7 @@ class Mux:
             or not 0 <= local_id <= wire.SEQ_MASK
         ):
             raise InvalidInput(f"stream id {local_id} is in use or not a 32-bit number")
-        self._over.pop(local_id, None)
+        self._over.discard(local_id)
         stream = Stream(
             self,
             local_id,
@@ -134,7 +119,10 @@ class Mux:
         if stream is None:
             leg = self.forwarder.legs.get(identifier)
             if leg is None:
-                return self._receive_late(identifier, datagram)
+                if self._over.receive(identifier, kind):
+                    return True
+                self.stats.unknown += 1
+                return False
             self.forwarder.receive(leg, datagram, socket, source, now)
             return True
         if source == stream.address:
@@ -210,17 +198,13 @@ class Mux:
         if self.forwarder.busy:
             self.forwarder.flush()
         out, self._outbox = self._outbox, []
-        if self._farewells:
-            out += self._farewells.values()
-            self._farewells.clear()
         while self._dirty:
             dirty, self._dirty = self._dirty, []
             for stream in dirty:
                 stream.dirty = False
                 out += stream.transmits(now)
                 self._schedule(stream)
-        if self._news_over:
-            self._remember(now)
+        out += self._over.transmits(now)
         return out
 
     def transmit_next(self, stream: Stream, now: float, send: Callable[[Transmit], None]) -> bool:
@@ -238,9 +222,8 @@ class Mux:
     def deadline(self) -> float | None:
         """When `on_deadline` must be called at the latest, or None for never."""
         first = self._deadlines[0][0] if self._deadlines else None
-        if self._forget_at is None or (first is not None and first <= self._forget_at):
-            return first
-        return self._forget_at
+        over = self._over.deadline()
+        return first if over is None or (first is not None and first <= over) else over
 
     def on_deadline(self, now: float) -> None:
         """Do what has become due. Harmless when nothing has."""
@@ -263,8 +246,7 @@ class Mux:
                 self._wake_at(now + ACK_DELAY, stream)
             else:
                 self._wake_at(due, stream)
-        if self._forget_at is not None and self._forget_at <= now:
-            self._forget(now)
+        self._over.on_deadline(now)
 
     def poll(self) -> list[Stream]:
         """The streams whose readable bytes, remote end, messages, closedness or, if they want to
@@ -295,7 +277,7 @@ class Mux:
         self._outbox.append(transmit)
 
     def retire(self, stream: Exchange, farewell: Transmit | None) -> None:
-        """The stream is closed; ``farewell`` answers a peer that missed its last ACK."""
+        """The stream is closed; ``farewell`` answers a peer that missed its last packet."""
         del self._streams[stream.local_id]
         if stream.scheduled is not None:
             self._stale += 1
@@ -303,10 +285,7 @@ class Mux:
         if stream.watcher is not None:
             stream.watcher.closed(cast(Stream, stream))
         if stream.connected:
-            self._over[stream.local_id] = (None, farewell)
-            self._news_over = True
-            if len(self._over) > MAX_TIME_WAIT:
-                del self._over[next(iter(self._over))]
+            self._over.add(stream.local_id, farewell)
 
     def _receive_acks(
         self, data: memoryview, socket: int, source: Address, now: float
@@ -382,15 +361,6 @@ class Mux:
             and stream.firewall(stream, socket, source, now)
         )
 
-    def _receive_late(self, identifier: int, datagram: bytes) -> bool:
-        if identifier not in self._over:
-            self.stats.unknown += 1
-            return False
-        farewell = self._over[identifier][1]
-        if farewell is not None and datagram[2] & _WANTS_ANSWER:
-            self._farewells[identifier] = farewell
-        return True
-
     def _schedule(self, stream: Exchange) -> None:
         """Queue a wake-up, unless one comes early enough anyway."""
         when = stream.deadline()
@@ -409,26 +379,6 @@ class Mux:
             self._deadlines = [entry for entry in self._deadlines if not entry[2].closed]
             heapq.heapify(self._deadlines)
             self._stale = 0
-
-    def _remember(self, now: float) -> None:
-        """Note the time of streams closed since the last call. They are the newest."""
-        for identifier in reversed(self._over):
-            closed_at, farewell = self._over[identifier]
-            if closed_at is not None:
-                break
-            self._over[identifier] = (now, farewell)
-        self._news_over = False
-        if self._over and self._forget_at is None:
-            self._forget_at = now + TIME_WAIT
-
-    def _forget(self, now: float) -> None:
-        over = self._over
-        for identifier, (closed_at, _) in list(over.items()):
-            if closed_at is None or closed_at + TIME_WAIT > now:
-                break
-            del over[identifier]
-        # One wake-up for all that closed in the meantime, not one for each.
-        self._forget_at = now + TIME_WAIT if over else None
 
 
 def _ascends(numbers: tuple[int, ...]) -> bool:

@@ -10,9 +10,10 @@ from vectors import load
 from hyperseaport.testing.network import datagrams
 from hyperseaport.transport.errors import InvalidInput
 from hyperseaport.transport.udx import packet as wire
-from hyperseaport.transport.udx.mux import MAX_TIME_WAIT, TIME_WAIT, Mux
+from hyperseaport.transport.udx.mux import Mux
 from hyperseaport.transport.udx.packet import Packet, encode
 from hyperseaport.transport.udx.stream import Stream
+from hyperseaport.transport.udx.time_wait import MAX_TIME_WAIT, TIME_WAIT
 
 PEER = ("10.0.0.2", 1234)
 CAPTURED = [

@@ -12,8 +12,8 @@ from hyperseaport.transport.transmit import Address
 from hyperseaport.transport.udx import packet as wire
 from hyperseaport.transport.udx.bbr import INITIAL_WINDOW
 from hyperseaport.transport.udx.exchange import MAX_MESSAGES, MAX_STALLS, STALL
-from hyperseaport.transport.udx.mux import TIME_WAIT
 from hyperseaport.transport.udx.stream import Stream
+from hyperseaport.transport.udx.time_wait import AGAIN, TIME_WAIT
 
 ACK, DATA, END, SACK = wire.ACK, wire.DATA, wire.END, wire.SACK
 MESSAGE, DESTROY, HEARTBEAT = wire.MESSAGE, wire.DESTROY, wire.HEARTBEAT
@@ -854,7 +854,16 @@ class TestClosing:
         assert (packet.type, packet.seq, packet.ack) == (DESTROY, 10, 1)
         assert it.stream.closed
         assert it.stream.error is None
-        assert it.wait(20.0) == []
+        again = it.wait(20.0)
+        assert [each for _, each in again] == [packet] * len(AGAIN), "nobody acknowledges it"
+
+    def test_who_missed_a_destroy_is_told_again(self, hand: Any) -> None:
+        it = hand()
+        it.stream.destroy(0.0)
+        (packet,) = it.sent()
+        for kind in (DATA, END, HEARTBEAT):
+            assert it.give(kind, 0) == [packet]
+        assert it.give(DESTROY, 0) == []
 
     def test_destroy_before_connect_says_nothing(self, hand: Any) -> None:
         it = hand(connect=False)
