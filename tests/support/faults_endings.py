@@ -18,7 +18,7 @@ from hyperseaport.actors.messages import Measure
 
 from .faults import HEALED, Counts, Program, World, ours, port_of, resident
 from .faults_transfers import End, Transfer
-from .ports import free_port
+from .ports import refusing_port
 
 #: Bytes that each end sends before the connection ends.
 SOME = 2000
@@ -82,7 +82,8 @@ class Endings:
     async def boot(self, stack: AsyncExitStack, home: Path) -> None:
         world = self.world
         await world.boot(stack, home)
-        await world.run_service(stack, "refusing", "refusing@1.0.0", free_port())
+        port = stack.enter_context(refusing_port())
+        await world.run_service(stack, "refusing", "refusing@1.0.0", port)
         self._refusing = await world.run_proxy(
             stack, "to-refusing", "refusing@1.x", connect_timeout=GIVES_UP
         )
