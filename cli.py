@@ -100,12 +100,7 @@ def registry(
 ) -> None:
     """Serve a registry under the key of a seed."""
     endpoint = options.endpoint(network)
-    pair = options.key_pair(seed, seed_file)
-    if pair is None:
-        raise InvalidInput(
-            "a registry needs a seed: give --seed-file FILE, HYPERSEAPORT_SEED or --seed HEX "
-            "(hyperseaport seed makes one)"
-        )
+    pair = options.own_key_pair("registry", seed, seed_file)
     if memory and data_dir is not None:
         raise InvalidInput("--memory keeps nothing: leave --data-dir out")
     from .actors import deployment, news
@@ -318,12 +313,7 @@ def relay(
     """Relay connections of those who cannot reach each other, under the key of a seed. The relay
     cannot read them."""
     endpoint = options.endpoint(network)
-    pair = options.key_pair(seed, seed_file)
-    if pair is None:
-        raise InvalidInput(
-            "a relay needs a seed: give --seed-file FILE, HYPERSEAPORT_SEED or --seed HEX "
-            "(hyperseaport seed makes one)"
-        )
+    pair = options.own_key_pair("relay", seed, seed_file)
     from .actors import deployment, news
     from .transport.dht.relay_server import RelayLimits
 

@@ -7,35 +7,29 @@ who may meet, and keep the books of it (`transport.dht.relay_server`).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import cast
 
 from thespian.actors import ActorAddress
 
-from ..supervisor import ChildRefused, ChildStarted, StartChild
 from ..transport.channel import Channel
 from ..transport.dht.blind_relay import Pair, Unpair
 from ..transport.dht.relay_server import RelayControl, RelayLimits, RelayServer, RelaySession
 from ..transport.keys import KeyPair
-from .actor import Actor, ActorGone, Address, Down, ExitReason, handles
-from .console import tell
+from .actor import Actor, Down, ExitReason, handles
+from .listener import Listener
 from .messages import (
-    Accepted,
     BorrowForwarder,
     Describe,
     Described,
     ForwarderBorrowed,
     Listen,
-    ListenFailed,
     RelayAnswer,
     RelayAsk,
     RelayEnter,
     RelayListening,
     RelayRefused,
     RelayTaken,
-    Unlisten,
 )
 
 #: Requests of one session that wait for the books, above which nothing more is read from its peer.
@@ -154,48 +148,20 @@ class ListenerArgs:
     allow: frozenset[bytes] | None
 
 
-class RelayListener(Actor):
+class RelayListener(Listener):
     """Listens under the relay's key, and makes each connection a session. Args: `ListenerArgs`.
-    Context: ``endpoint``, ``sessions``, ``console`` if there is one. Ready when the DHT knows the
-    key."""
+    Context as of a `Listener`, with ``sessions``."""
+
+    servers = "sessions"
 
     def on_start(self, args: ListenerArgs) -> None:
         self._args = args
-        self._accepted_count = 0
-        self._refused_count = 0
-        self.run(self._listen())
-
-    async def _listen(self) -> None:
-        args = self._args
-        listen = Listen(args.key_pair, self.myAddress, args.allow)
-        answer = await self.call(self.context["endpoint"], listen)
-        if isinstance(answer, ListenFailed):
-            raise answer.error
         public_key = args.key_pair.public_key
-        self.log.info("relay.listening", public_key=public_key.hex())
-        tell(self, RelayListening(public_key, anybody=args.allow is None))
-        self.ready()
-
-    @handles(Accepted)
-    def _accepted(self, message: Accepted, _sender: ActorAddress) -> None:
-        sessions = self.context["sessions"]
-        if not cast(Address, sessions).alive:
-            # We are restarted soon; until then nobody would take the channel, nor tell its peer.
-            message.channel.abort()
-            return
-        self._accepted_count += 1
-        self.send(sessions, StartChild(message.channel))
-
-    @handles(ChildStarted)
-    def _session_started(self, _message: ChildStarted, _sender: ActorAddress) -> None:
-        pass
-
-    @handles(ChildRefused)
-    def _session_refused(self, message: ChildRefused, _sender: ActorAddress) -> None:
-        self._refused_count += 1
-        self.log.warning("session refused", reason=message.reason)
-        if message.args is not None:
-            cast(Channel, message.args).abort()
+        self.listen(
+            Listen(args.key_pair, self.myAddress, args.allow),
+            RelayListening(public_key, anybody=args.allow is None),
+            SessionArgs,
+        )
 
     @handles(Describe)
     def _describe(self, _message: Describe, sender: ActorAddress) -> None:
@@ -203,18 +169,14 @@ class RelayListener(Actor):
         fields = {
             "public_key": args.key_pair.public_key.hex(),
             "allowed": None if args.allow is None else len(args.allow),
-            "accepted": self._accepted_count,
-            "refused": self._refused_count,
+            **self._counts,
         }
         self.send(sender, Described(fields))
 
-    def on_stop(self, reason: ExitReason) -> None:
-        self.run(self._withdraw(reason))
 
-    async def _withdraw(self, reason: ExitReason) -> None:
-        with contextlib.suppress(ActorGone):
-            await self.call(self.context["endpoint"], Unlisten(self._args.key_pair.public_key))
-        self.stop(reason)
+@dataclass(frozen=True, slots=True)
+class SessionArgs:
+    channel: Channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,9 +187,10 @@ class _Over:
 
 
 class RelaySessionActor(Actor):
-    """The control session of one peer. Args: its `Channel`. Context: ``books``."""
+    """The control session of one peer. Args: `SessionArgs`. Context: ``books``."""
 
-    def on_start(self, channel: Channel) -> None:
+    def on_start(self, args: SessionArgs) -> None:
+        channel = args.channel
         self._stream = _ControlStream(channel, lambda event: self.send(self.myAddress, event))
         self._owned = self.own(self._stream.abort)
         self.send(self.context["books"], RelayEnter(channel.remote_public_key))

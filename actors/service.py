@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from thespian.actors import ActorAddress
 
-from ..supervisor import ChildRefused, ChildStarted, StartChild
 from ..transport.keys import KeyPair
-from .actor import Actor, ActorGone, Address, ExitReason, handles
+from .actor import Actor, ExitReason, handles
 from .console import tell
+from .listener import Listener
 from .messages import (
-    Accepted,
     Describe,
     Described,
     Follow,
     HealthChanged,
     Listen,
-    ListenFailed,
     Register,
     Registered,
     RegistrationRefused,
     ServiceListening,
     ServiceUnhealthy,
-    Unlisten,
     Unregister,
 )
 from .pipe import ServicePipe
@@ -48,50 +44,24 @@ class ListenerArgs:
     allow_relays: frozenset[bytes] | None = frozenset()
 
 
-class ServiceListener(Actor):
-    """Listens under the service's key, and turns each connection into a pipe.
+class ServiceListener(Listener):
+    """Listens under the service's key, and turns each connection into a pipe. Once it is asked to
+    stop, the registry has forgotten us; then the DHT does.
 
-    Args: `ListenerArgs`. Context: ``endpoint``, ``pipes``. Ready when the DHT knows the key.
+    Args: `ListenerArgs`. Context as of a `Listener`, with ``pipes``.
     """
+
+    servers = "pipes"
 
     def on_start(self, args: ListenerArgs) -> None:
         self._args = args
-        self._accepted_count = 0
-        self._refused_count = 0
-        self.run(self._listen())
-
-    async def _listen(self) -> None:
-        args = self._args
-        listen = Listen(
-            args.key_pair, self.myAddress, args.allow, args.relay_through, args.allow_relays
+        self.listen(
+            Listen(
+                args.key_pair, self.myAddress, args.allow, args.relay_through, args.allow_relays
+            ),
+            ServiceListening(args.key_pair.public_key),
+            lambda channel: ServicePipe(channel, args.host, args.port),
         )
-        answer = await self.call(self.context["endpoint"], listen)
-        if isinstance(answer, ListenFailed):
-            raise answer.error
-        tell(self, ServiceListening(args.key_pair.public_key))
-        self.ready()
-
-    @handles(Accepted)
-    def _accepted(self, message: Accepted, _sender: ActorAddress) -> None:
-        pipes = self.context["pipes"]
-        if not cast(Address, pipes).alive:
-            # We are restarted soon; until then nobody would take the channel, nor tell its client.
-            message.channel.abort()
-            return
-        self._accepted_count += 1
-        pipe = ServicePipe(message.channel, self._args.host, self._args.port)
-        self.send(pipes, StartChild(pipe))
-
-    @handles(ChildStarted)
-    def _pipe_started(self, _message: ChildStarted, _sender: ActorAddress) -> None:
-        pass
-
-    @handles(ChildRefused)
-    def _pipe_refused(self, message: ChildRefused, _sender: ActorAddress) -> None:
-        self._refused_count += 1
-        self.log.warning("connection refused", reason=message.reason)
-        if message.args is not None:
-            cast(ServicePipe, message.args).channel.abort()
 
     @handles(Describe)
     def _describe(self, _message: Describe, sender: ActorAddress) -> None:
@@ -100,19 +70,9 @@ class ServiceListener(Actor):
             "key": args.key_pair.public_key.hex(),
             "target": f"{args.host}:{args.port}",
             "allowed": None if args.allow is None else len(args.allow),
-            "accepted": self._accepted_count,
-            "refused": self._refused_count,
+            **self._counts,
         }
         self.send(sender, Described(fields))
-
-    def on_stop(self, reason: ExitReason) -> None:
-        self.run(self._withdraw(reason))
-
-    async def _withdraw(self, reason: ExitReason) -> None:
-        """The registry has forgotten us by now; then the DHT does."""
-        with contextlib.suppress(ActorGone):
-            await self.call(self.context["endpoint"], Unlisten(self._args.key_pair.public_key))
-        self.stop(reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,6 +220,17 @@ def key_pair(seed: bytes | None, seed_file: str | None) -> keys.KeyPair | None:
     return None if seed is None else keys.KeyPair.from_seed(seed)
 
 
+def own_key_pair(who: str, seed: bytes | None, seed_file: str | None) -> keys.KeyPair:
+    """The same for a program that others know by its key, which has to stay what it is."""
+    pair = key_pair(seed, seed_file)
+    if pair is None:
+        raise InvalidInput(
+            f"a {who} needs a seed: give --seed-file FILE, HYPERSEAPORT_SEED or --seed HEX "
+            "(hyperseaport seed makes one)"
+        )
+    return pair
+
+
 def _read(seed_file: str) -> str:
     """The beginning of a file that may be anything."""
     try:
