@@ -27,15 +27,15 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ..supervisor import ChildSpec, Supervisor, SupervisorSpec
 from ..transport.dht.endpoint import EndpointConfig
-from ..transport.errors import HyperseaportError, InvalidInput, LocalError
+from ..transport.errors import HyperseaportError, InvalidInput
 from ..transport.keys import KeyPair
+from ..transport.reserved import ReservedPort
 from .actor import Crashed, ExitReason
 from .console import Console
 from .control import Control, ControlArgs
@@ -207,16 +207,16 @@ def proxy_tree(
     """A local TCP port for whatever service matches ``role`` (``name@range``). Raises
     `InvalidInput` for a role that nothing can match."""
     meta = roles.to_find(role)
-    chosen = port == 0
-    if chosen:
-        # Known before the listener runs, so that one that is restarted comes back where its
-        # clients know it.
-        port = _free_ports(socket.SOCK_STREAM, host, 1)[0]
+    # Known before the listener runs, so that one that is restarted comes back where its clients
+    # know it.
+    reserved = None if port else ReservedPort(socket.SOCK_STREAM, host)
+    if reserved is not None:
+        port = reserved.number
     pair = key_pair or KeyPair.generate()
     resolver = ResolverArgs(
         meta, balance, verified_only, pair.public_key, patience=connect_timeout, wait=wait
     )
-    args = ProxyArgs(host, port, pair, chosen, connect_timeout, relay_through)
+    args = ProxyArgs(host, port, pair, reserved, connect_timeout, relay_through)
     proxy = SupervisorSpec(
         "rest_for_one",
         (
@@ -259,10 +259,9 @@ def dht_tree(
     base = EndpointConfig(bootstrap=bootstrap, permanent=host is not None)
     if host is not None:
         base = replace(base, host=host)
-    ports = _ports(base.host, port, nodes)
-    configs = [replace(base, port=number) for number in ports]
+    configs = _on_ports(base, port, nodes)
     if not bootstrap:
-        first = (f"{host}:{ports[0]}",)
+        first = (f"{host}:{configs[0].port}",)
         configs[1:] = [
             replace(config, bootstrap=first, find_node_delay=NEWCOMER_DELAY)
             for config in configs[1:]
@@ -372,29 +371,14 @@ def _check_address(host: str) -> None:
         )
 
 
-def _ports(host: str, port: int, nodes: int) -> list[int]:
-    """The ports of the nodes, each free right now: known before the nodes run, so that one that is
+def _on_ports(base: EndpointConfig, port: int, nodes: int) -> list[EndpointConfig]:
+    """One for each node, with a port that is known before the nodes run, so that one that is
     restarted comes back where others know it."""
     if port:
         if port + nodes - 1 > 65535:
             raise InvalidInput(
                 f"{nodes} nodes from port {port} end above 65535: choose a lower --port"
             )
-        return list(range(port, port + nodes))
-    return _free_ports(socket.SOCK_DGRAM, host, nodes)
-
-
-def _free_ports(kind: socket.SocketKind, host: str, count: int) -> list[int]:
-    with ExitStack() as stack:
-        found: list[int] = []
-        for _ in range(count):
-            try:
-                family, _, protocol, _, address = socket.getaddrinfo(host, 0, type=kind)[0]
-                probe = stack.enter_context(socket.socket(family, kind, protocol))
-                probe.bind(address)
-            except OSError as error:
-                raise LocalError(
-                    f"cannot listen on {host} ({error.strerror}): choose another --host"
-                ) from error
-            found.append(probe.getsockname()[1])
-        return found
+        return [replace(base, port=port + number) for number in range(nodes)]
+    ports = [ReservedPort(socket.SOCK_DGRAM, base.host) for _ in range(nodes)]
+    return [replace(base, port=each.number, reserved=each) for each in ports]

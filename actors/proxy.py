@@ -12,6 +12,7 @@ from thespian.actors import ActorAddress
 from ..supervisor import ChildRefused, ChildStarted, StartChild
 from ..transport.errors import LocalError
 from ..transport.keys import KeyPair
+from ..transport.reserved import ReservedPort
 from .actor import Actor, Address, ExitReason, handles
 from .attempts import CONNECT_TIMEOUT, ProxyPipe
 from .console import tell
@@ -41,8 +42,8 @@ class ProxyArgs:
     host: str
     port: int
     key_pair: KeyPair
-    #: Nobody asked for this port: it was free.
-    chosen: bool = False
+    #: Nobody asked for this port: it was free, and has been kept.
+    reserved: ReservedPort | None = None
     #: Seconds that a client may be without a service, all in all, before it is reset.
     connect_timeout: float = CONNECT_TIMEOUT
     #: Blind relays where connections may begin.
@@ -65,12 +66,12 @@ class ProxyListener(Actor):
         self._routed: bytes | None = None
         self._unrouted = False
         self._accepted = self._refused = 0
-        self._socket = _listening(args.host, args.port)
+        self._socket = _listening(args)
         self.own(self._close)
         self._port: int = self._socket.getsockname()[1]
         self._accepting(True)
         self.log.info("proxy listening", host=args.host, port=self._port)
-        tell(self, ProxyListening(args.host, self._port, args.chosen))
+        tell(self, ProxyListening(args.host, self._port, args.reserved is not None))
         self.send(self.context["resolver"], Follow())
         self.ready()
 
@@ -159,7 +160,19 @@ class ProxyListener(Actor):
             self._socket.close()
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _listening(args: ProxyArgs) -> socket.socket:
+    kept = args.reserved.take() if args.reserved is not None else None
+    result = _bound(args.host, args.port) if kept is None else kept
+    result.setblocking(False)
+    try:
+        result.listen(BACKLOG)
+    except OSError as error:
+        result.close()
+        raise _not_had(args.host, args.port, error) from error
+    return result
+
+
+def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -171,13 +184,15 @@ def _listening(host: str, port: int) -> socket.socket:
         ) from error
     try:
         result.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        result.setblocking(False)
         result.bind(address)
-        result.listen(BACKLOG)
     except OSError as error:
         result.close()
-        reason = error.strerror or str(error)
-        raise LocalError(
-            f"cannot listen on {host}:{port} ({reason}): choose another port with -p, or -p 0"
-        ) from error
+        raise _not_had(host, port, error) from error
     return result
+
+
+def _not_had(host: str, port: int, error: OSError) -> LocalError:
+    reason = error.strerror or str(error)
+    return LocalError(
+        f"cannot listen on {host}:{port} ({reason}): choose another port with -p, or -p 0"
+    )

@@ -8,6 +8,7 @@ one of them sends and receives through faults::
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from functools import partial
 from random import Random
@@ -32,8 +33,9 @@ class LossyUdpSocket(UdpSocket):
         *,
         outgoing: Faults,
         incoming: Faults,
+        bound: socket.socket | None = None,
     ) -> None:
-        super().__init__(host, port, self._carry_in, on_batch, segmenting=False)
+        super().__init__(host, port, self._carry_in, on_batch, bound=bound, segmenting=False)
         self.outgoing = outgoing
         self.incoming = incoming
         self._take = on_run
@@ -78,15 +80,22 @@ class LossySockets:
         self.sockets: list[LossyUdpSocket] = []
 
     def __call__(
-        self, host: str, port: int, on_run: OnRun, on_batch: Callable[[], None]
+        self,
+        host: str,
+        port: int,
+        on_run: OnRun,
+        on_batch: Callable[[], None],
+        *,
+        bound: socket.socket | None = None,
     ) -> LossyUdpSocket:
-        socket = LossyUdpSocket(
+        lossy = LossyUdpSocket(
             host,
             port,
             on_run,
             on_batch,
+            bound=bound,
             outgoing=Faults(self._link, Random(self._rng.getrandbits(64))),
             incoming=Faults(self._link, Random(self._rng.getrandbits(64))),
         )
-        self.sockets.append(socket)
-        return socket
+        self.sockets.append(lossy)
+        return lossy

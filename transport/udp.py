@@ -75,17 +75,19 @@ class UdpSocket:
         on_run: OnRun,
         on_batch: Callable[[], None],
         *,
+        bound: socket.socket | None = None,
         segmenting: bool = True,
     ) -> None:
-        """Binds; port 0 takes a free one. Without ``segmenting`` the kernel gets and gives single
-        datagrams. Raises `LocalError` when the address cannot be had."""
+        """Binds; port 0 takes a free one, and ``bound`` has its port already. Without
+        ``segmenting`` the kernel gets and gives single datagrams. Raises `LocalError` when the
+        address cannot be had."""
         self._on_run = on_run
         self._on_batch = on_batch
         self._unsent: deque[tuple[tuple[Buffer, ...], Address]] = deque()
         self._unsent_bytes = 0
         #: Datagrams that were dropped because the kernel took no more, or refused.
         self.dropped = 0
-        self._socket = _bound(host, port)
+        self._socket = _bound(host, port, bound)
         self._segments_sent = segmenting and _takes(self._socket, _UDP_SEGMENT, 0)
         self._segments_read = segmenting and _takes(self._socket, _UDP_GRO, 1)
         self._batch = memoryview(bytearray(_MAX_BATCH + _MAX_READ))
@@ -306,8 +308,8 @@ def _takes(udp: socket.socket, option: int, value: int) -> bool:
     return True
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    result = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+def _bound(host: str, port: int, bound: socket.socket | None) -> socket.socket:
+    result = socket.socket(socket.AF_INET, socket.SOCK_DGRAM) if bound is None else bound
     try:
         result.setblocking(False)
         for option, size in ((socket.SO_SNDBUF, SEND_BUFFER), (socket.SO_RCVBUF, RECEIVE_BUFFER)):
@@ -318,7 +320,8 @@ def _bound(host: str, port: int) -> socket.socket:
                 continue
         if sys.platform == "linux":
             result.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
-        result.bind((host, port))
+        if bound is None:
+            result.bind((host, port))
     except OSError as error:
         result.close()
         reason = error.strerror or str(error)

@@ -411,7 +411,7 @@ def test_service_options(console: Console) -> None:
 def test_proxy_options(console: Console) -> None:
     console.accepts("proxy", KEY, "-p", "0", "-r", "couchdb@3.x", "--host", "127.0.0.2")
     args = console.args("listener")
-    assert (args.host, args.chosen) == ("127.0.0.2", True)
+    assert (args.host, args.reserved is None) == ("127.0.0.2", False)
     assert console.args("resolver").meta["version"] == "3.x"
     console.accepts("proxy", KEY, "-p", "5985", "-r", "couchdb")
     assert console.args("listener").host == "127.0.0.1"

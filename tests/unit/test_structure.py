@@ -38,7 +38,13 @@ MAY_IMPORT = {
 }
 
 #: Modules below transport/ that hold sockets, loops and clocks; all others are protocol cores.
-SHELLS = {"transport.udp", "transport.channel", "transport.machine", "transport.dht.endpoint"}
+SHELLS = {
+    "transport.channel",
+    "transport.dht.endpoint",
+    "transport.machine",
+    "transport.reserved",
+    "transport.udp",
+}
 #: Where cores get time, randomness or the world from, which they must not. The only exceptions:
 #: the Random class itself, and key pairs for users, made from the system's randomness.
 NOT_IN_CORES = (

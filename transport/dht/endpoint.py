@@ -22,6 +22,7 @@ from ..keys import KeyPair
 from ..liveness import INTERVAL, Liveness
 from ..machine import ANY_HOST as ANY_HOST
 from ..machine import Machine, clock_of, resolve
+from ..reserved import ReservedPort
 from ..transmit import CLIENT_SOCKET, SERVER_SOCKET, Address, Transmit
 from ..udp import UdpSocket
 from ..udx.mux import Mux
@@ -72,8 +73,9 @@ class EndpointConfig:
     #: By default every interface: a node must be reached from wherever its peers are. What may be
     #: reached through it is decided by keys.
     host: str = ANY_HOST
-    #: UDP port of the server socket; 0 takes a free one.
+    #: UDP port of the server socket; 0 takes a free one. A reserved one has been kept for it.
     port: int = 0
+    reserved: ReservedPort | None = None
     #: True for a node of a private network: its own address is known, it stores and routes at once.
     permanent: bool = False
     #: Seconds by which answers to newcomers are late (spec: hyperdht 2.13).
@@ -133,9 +135,13 @@ class Endpoint:
         return endpoint
 
     def _start(self, config: EndpointConfig, bootstrap: tuple[Address, ...]) -> None:
-        for which, port in ((SERVER_SOCKET, config.port), (CLIENT_SOCKET, 0)):
+        reserved = config.reserved.take() if config.reserved is not None else None
+        for which, port, bound in (
+            (SERVER_SOCKET, config.port, reserved),
+            (CLIENT_SOCKET, 0, None),
+        ):
             self._sockets[which] = UdpSocket(
-                config.host, port, partial(self._received, which), self._pump_now
+                config.host, port, partial(self._received, which), self._pump_now, bound=bound
             )
         self._machine = Machine(config.host, self._clock)
         self._liveness.interval = config.heartbeat

@@ -244,13 +244,17 @@ def test_nodes_of_an_existing_network_all_join_it() -> None:
     assert (known.host, known.permanent) == ("192.0.2.7", True)
 
 
-def test_free_ports_are_chosen_before_the_nodes_run() -> None:
-    ports = [config.port for config in configs(dht(nodes=8))]
-    assert len(set(ports)) == 8
-    assert all(ports)
-    for port in ports:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-            udp.bind(("127.0.0.1", port))
+def test_free_ports_are_kept_until_the_nodes_run() -> None:
+    nodes = configs(dht(nodes=8))
+    assert len({node.port for node in nodes}) == 8
+    for node in nodes:
+        assert node.reserved is not None
+        assert node.reserved.number == node.port
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other,
+            pytest.raises(OSError, match="in use"),
+        ):
+            other.bind(("127.0.0.1", node.port))
 
 
 def test_ports_end_at_65535() -> None:
@@ -296,7 +300,7 @@ def test_a_tree_that_dies_says_why_in_one_line(error: Exception, line: str) -> N
     assert deployment.run(tree) == line
 
 
-def test_a_free_port_is_chosen_before_the_listener_runs() -> None:
+def test_a_free_port_is_kept_until_the_listener_runs() -> None:
     tree = deployment.proxy_tree(
         CONFIG,
         (KEY,),
@@ -310,6 +314,6 @@ def test_a_free_port_is_chosen_before_the_listener_runs() -> None:
     assert isinstance(group.args, SupervisorSpec)
     listener = group.args.children[-1].args
     assert isinstance(listener, ProxyArgs)
-    assert listener.chosen
+    assert listener.reserved is not None
     assert group.id == f"proxy:{listener.port}"
     assert listener.port > 0

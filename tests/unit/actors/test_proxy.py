@@ -161,7 +161,7 @@ async def test_a_port_in_use_says_in_one_line_what_to_do() -> None:
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.name.invalid"])
 def test_an_address_that_is_not_ours_says_so(host: str) -> None:
     with pytest.raises(LocalError, match=f"cannot listen on {host}:0 .*: choose another"):
-        proxy_module._listening(host, 0)
+        proxy_module._bound(host, 0)
 
 
 async def test_it_listens_where_it_was_told_only() -> None:

@@ -315,7 +315,10 @@ class MemoryUdp:
         port: int,
         on_run: Callable[[memoryview, int, Address], None],
         on_batch: Callable[[], None],
+        *,
+        bound: socket.socket | None = None,
     ) -> None:
+        assert bound is None, "ports are not reserved on this wire"
         self.address = (host, port or 10_000 + len(self.bound))
         assert self.address not in self.bound
         self.bound[self.address] = self
