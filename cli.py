@@ -404,7 +404,8 @@ def list_(
 def doctor(as_json: bool, host: str | None, **network: Any) -> None:
     """Show what this host looks like from outside, and what that means for connections."""
     import asyncio
-    from dataclasses import replace
+
+    from msgspec.structs import replace
 
     from .actors import doctor as examiner
     from .commands import doctor as report

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass
 from itertools import islice
+
+from msgspec import Struct
 
 from .actors.actor import (
     Actor,
@@ -132,21 +133,18 @@ class _Child:
             self.timer = None
 
 
-@dataclass(frozen=True, slots=True)
-class _NotReady:
+class _NotReady(Struct, frozen=True):
     """The time of a child's incarnation to get ready is over."""
 
     child: _Child
     address: ActorAddress
 
 
-@dataclass(frozen=True, slots=True)
-class _RestartDue:
+class _RestartDue(Struct, frozen=True):
     child: _Child
 
 
-@dataclass(frozen=True, slots=True)
-class _GateOpens:
+class _GateOpens(Struct, frozen=True):
     """At this time, children may be started in order again."""
 
     when: float

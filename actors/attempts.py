@@ -12,10 +12,10 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
 
+from msgspec import Struct, structs
 from thespian.actors import ActorAddress
 
 from ..transport.channel import Channel
@@ -50,8 +50,7 @@ SLOW = 1.0
 LOOK_AGAIN = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyPipe:
+class ProxyPipe(Struct, frozen=True):
     """A TCP connection that a local client opened, for a service that ``resolver`` knows."""
 
     socket: socket.socket
@@ -64,43 +63,36 @@ class ProxyPipe:
     relay_through: tuple[bytes, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SideClosed:
+class SideClosed(Struct, frozen=True):
     """To the pipe itself: one of its two connections is over."""
 
     error: Exception | None
 
 
-@dataclass(frozen=True, slots=True)
-class _ClientGone:
+class _ClientGone(Struct, frozen=True):
     error: Exception | None
 
 
-@dataclass(frozen=True, slots=True)
-class _ServiceBroke:
+class _ServiceBroke(Struct, frozen=True):
     error: Exception | None
 
 
-@dataclass(frozen=True, slots=True)
-class _AttemptOver:
+class _AttemptOver(Struct, frozen=True):
     """What became of a rival."""
 
     public_key: bytes
     answer: Connected | ConnectFailed
 
 
-@dataclass(frozen=True, slots=True)
-class _Late:
+class _Late(Struct, frozen=True):
     """The newest attempt has not connected in good time."""
 
 
-@dataclass(frozen=True, slots=True)
-class _LookAgain:
+class _LookAgain(Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class _TimeOver:
+class _TimeOver(Struct, frozen=True):
     pass
 
 
@@ -342,7 +334,7 @@ class Seeker(Actor):
 
     def _log_slow(self, key: bytes) -> None:
         timings = self._timings
-        spent: dict[str, Any] = {} if timings is None else asdict(timings)
+        spent: dict[str, Any] = {} if timings is None else structs.asdict(timings)
         spent = {"waited": self._attempted_at - self._began_at, **spent}
         self.log.info(
             "slow connection",

@@ -24,9 +24,10 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+from msgspec import Struct
 
 from ..supervisor import Children, ChildStatus, Supervisor, WhichChildren
 from .actor import (
@@ -69,8 +70,7 @@ Answer = dict[str, Any]
 Rows = tuple[Mapping[str, Any], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ControlArgs:
+class ControlArgs(Struct, frozen=True):
     """Where the socket is made, the name of the command that runs, and what it says of itself: JSON
     values, no secrets."""
 
@@ -79,13 +79,11 @@ class ControlArgs:
     summary: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Listening:
+class _Listening(Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class _Kill:
+class _Kill(Struct, frozen=True):
     address: ActorAddress
 
 

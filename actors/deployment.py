@@ -27,9 +27,10 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+
+from msgspec import structs
 
 from ..supervisor import ChildSpec, Supervisor, SupervisorSpec
 from ..transport.dht.endpoint import EndpointConfig
@@ -181,7 +182,7 @@ def service_tree(
     return _root(
         show,
         control,
-        _endpoint(replace(endpoint, key_pair=pair)),
+        _endpoint(structs.replace(endpoint, key_pair=pair)),
         _pipes(),
         *_links(registry_keys),
         _group(f"service:{role}", SupervisorSpec("rest_for_one", tuple(service))),
@@ -227,7 +228,7 @@ def proxy_tree(
     return _root(
         show,
         control,
-        _endpoint(replace(endpoint, key_pair=pair)),
+        _endpoint(structs.replace(endpoint, key_pair=pair)),
         _pipes(),
         *_links(registry_keys),
         _group(f"proxy:{port}", proxy),
@@ -258,12 +259,12 @@ def dht_tree(
         _check_address(host)
     base = EndpointConfig(bootstrap=bootstrap, permanent=host is not None)
     if host is not None:
-        base = replace(base, host=host)
+        base = structs.replace(base, host=host)
     configs = _on_ports(base, port, nodes)
     if not bootstrap:
         first = (f"{host}:{configs[0].port}",)
         configs[1:] = [
-            replace(config, bootstrap=first, find_node_delay=NEWCOMER_DELAY)
+            structs.replace(config, bootstrap=first, find_node_delay=NEWCOMER_DELAY)
             for config in configs[1:]
         ]
     return _root(
@@ -356,7 +357,9 @@ def _group(name: str, spec: SupervisorSpec) -> ChildSpec:
 
 
 def _each(child: ChildSpec, limit: int | None = None) -> SupervisorSpec:
-    return SupervisorSpec("simple_one_for_one", (replace(child, restart="temporary"),), limit=limit)
+    return SupervisorSpec(
+        "simple_one_for_one", (structs.replace(child, restart="temporary"),), limit=limit
+    )
 
 
 def _check_address(host: str) -> None:
@@ -379,6 +382,6 @@ def _on_ports(base: EndpointConfig, port: int, nodes: int) -> list[EndpointConfi
             raise InvalidInput(
                 f"{nodes} nodes from port {port} end above 65535: choose a lower --port"
             )
-        return [replace(base, port=port + number) for number in range(nodes)]
+        return [structs.replace(base, port=port + number) for number in range(nodes)]
     ports = [ReservedPort(socket.SOCK_DGRAM, base.host) for _ in range(nodes)]
-    return [replace(base, port=each.number, reserved=each) for each in ports]
+    return [structs.replace(base, port=each.number, reserved=each) for each in ports]

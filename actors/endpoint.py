@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, cast
 
+from msgspec import Struct
 from thespian.actors import ActorAddress
 
 from ..transport.channel import Channel
@@ -50,23 +51,19 @@ HANDOVER = 15.0
 REANNOUNCE = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Bootstrapped:
+class _Bootstrapped(Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class _Reannounce:
+class _Reannounce(Struct, frozen=True):
     topic: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _NetworkChanged:
+class _NetworkChanged(Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class _CheckHandovers:
+class _CheckHandovers(Struct, frozen=True):
     pass
 
 

@@ -10,10 +10,10 @@ import math
 import os
 import re
 import time
-from dataclasses import dataclass, field
 from random import Random, SystemRandom
 from typing import Any
 
+from msgspec import Struct, field
 from thespian.actors import ActorAddress
 
 from ..transport.errors import InvalidInput
@@ -32,16 +32,14 @@ _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
 _PATH = re.compile(r"/[!-~]*")
 
 
-@dataclass(frozen=True, slots=True)
-class TcpCheck:
+class TcpCheck(Struct, frozen=True):
     """Healthy when it accepts a connection."""
 
     def __str__(self) -> str:
         return "tcp"
 
 
-@dataclass(frozen=True, slots=True)
-class HttpCheck:
+class HttpCheck(Struct, frozen=True):
     """Healthy when it answers GET with a status of 200 to 399. Raises InvalidInput: no path."""
 
     #: With its query, as it stands in the request.
@@ -71,8 +69,7 @@ def parse(text: str) -> Check:
     raise InvalidInput(f"{text!r} is no health check: write tcp or http:PATH, as in http:/health")
 
 
-@dataclass(frozen=True, slots=True)
-class HealthArgs:
+class HealthArgs(Struct, frozen=True):
     """What is probed, and how. Raises InvalidInput: a number that cannot work."""
 
     host: str
@@ -95,8 +92,7 @@ class HealthArgs:
             raise InvalidInput("a health check's threshold is at least 1")
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """What one probe found."""
 
     healthy: bool
@@ -104,8 +100,7 @@ class Verdict:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Probe:
+class _Probe(Struct, frozen=True):
     """It is time."""
 
 

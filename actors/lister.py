@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
 from thespian.actors import ActorAddress
 
 from ..supervisor import Children, WhichChildren
@@ -25,8 +25,7 @@ PAUSE = 2.0
 Records = tuple[ServiceRecord, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ListerArgs:
+class ListerArgs(Struct, frozen=True):
     """What is listed: role and range, or everything when it is None; and who is told each list.
     ``again`` lists everything again and again."""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
 from thespian.actors import ActorAddress
 
 from ..transport.channel import Channel
@@ -23,8 +24,7 @@ from ..transport.udx.forward import Forwarder
 # The endpoint. It answers whoever asked.
 
 
-@dataclass(frozen=True, slots=True)
-class Connect:
+class Connect(Struct, frozen=True):
     """Open an encrypted connection to a key. Answer: `Connected` or `ConnectFailed`."""
 
     public_key: bytes
@@ -34,8 +34,7 @@ class Connect:
     relay_through: tuple[bytes, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Connected:
+class Connected(Struct, frozen=True):
     """The channel has no protocol yet, so it holds its peer until it gets one. It belongs to the
     receiver, who aborts it when it comes too late."""
 
@@ -44,13 +43,11 @@ class Connected:
     timings: Timings | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectFailed:
+class ConnectFailed(Struct, frozen=True):
     error: Exception
 
 
-@dataclass(frozen=True, slots=True)
-class Listen:
+class Listen(Struct, frozen=True):
     """Accept connections to a key pair for as long as ``deliver_to`` lives; each arrives there as
     `Accepted`. Answer: `Listening` or `ListenFailed`."""
 
@@ -64,59 +61,49 @@ class Listen:
     allow_relays: frozenset[bytes] | None = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Listening:
+class Listening(Struct, frozen=True):
     public_key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ListenFailed:
+class ListenFailed(Struct, frozen=True):
     error: Exception
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(Struct, frozen=True):
     """A channel without a protocol, which belongs to the receiver."""
 
     channel: Channel
 
 
-@dataclass(frozen=True, slots=True)
-class Unlisten:
+class Unlisten(Struct, frozen=True):
     """Stop accepting connections to a key. Answer: `Unlistened`."""
 
     public_key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Unlistened:
+class Unlistened(Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class Measure:
+class Measure(Struct, frozen=True):
     """What has the endpoint counted? Answer: `Measured`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(Struct, frozen=True):
     """Values by dotted names, as `Endpoint.metrics` has them."""
 
     values: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Examine:
+class Examine(Struct, frozen=True):
     """What does this host look like from outside? Answer, some seconds later: `Examined`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Examined:
+class Examined(Struct, frozen=True):
     findings: Findings
 
 
-@dataclass(frozen=True, slots=True)
-class AnnounceTopic:
+class AnnounceTopic(Struct, frozen=True):
     """Tell the DHT that the key pair can be found under a topic of 32 bytes, and keep it told.
     Answer: `Announced`."""
 
@@ -124,18 +111,15 @@ class AnnounceTopic:
     key_pair: KeyPair
 
 
-@dataclass(frozen=True, slots=True)
-class Announced:
+class Announced(Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class BorrowForwarder:
+class BorrowForwarder(Struct, frozen=True):
     """Who passes packets on for others? Answer: `ForwarderBorrowed`."""
 
 
-@dataclass(frozen=True, slots=True)
-class ForwarderBorrowed:
+class ForwarderBorrowed(Struct, frozen=True):
     """It belongs to the endpoint and means nothing when that is dead. The borrower unlinks what it
     has linked."""
 
@@ -145,21 +129,18 @@ class ForwarderBorrowed:
 # Inside a relay: a session asks the books.
 
 
-@dataclass(frozen=True, slots=True)
-class RelayEnter:
+class RelayEnter(Struct, frozen=True):
     """The sender is the session of a peer, until it dies. Answer: `RelayRefused` or none."""
 
     #: The key that the peer has proven to have.
     public_key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class RelayRefused:
+class RelayRefused(Struct, frozen=True):
     """The peer's key may have no session, or no more; or the session has done nothing for long."""
 
 
-@dataclass(frozen=True, slots=True)
-class RelayAsk:
+class RelayAsk(Struct, frozen=True):
     """The peer, whose packets come from ``address`` to our ``socket``, wants this. Answers:
     `RelayTaken` and, to a pair as soon as its other half comes, `RelayAnswer`."""
 
@@ -168,21 +149,18 @@ class RelayAsk:
     address: Address
 
 
-@dataclass(frozen=True, slots=True)
-class RelayTaken:
+class RelayTaken(Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class RelayAnswer:
+class RelayAnswer(Struct, frozen=True):
     pair: Pair
 
 
 # Inside a registry: a session asks the table, with a ticket that the answer bears.
 
 
-@dataclass(frozen=True, slots=True)
-class TableRequest:
+class TableRequest(Struct, frozen=True):
     """One call of a registry method (`register`, `unregister`, `query` or `waitFor`)."""
 
     ticket: int
@@ -193,30 +171,26 @@ class TableRequest:
     remote_public_key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class TableAnswer:
+class TableAnswer(Struct, frozen=True):
     ticket: int
     #: A JSON value, or `transport.rpc.ABSENT`.
     result: Any
 
 
-@dataclass(frozen=True, slots=True)
-class TableRefusal:
+class TableRefusal(Struct, frozen=True):
     """The call fails with this text."""
 
     ticket: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceRegistered:
+class ServiceRegistered(Struct, frozen=True):
     """To the console, for each registration: `id`, `remotePublicKey`, `meta`."""
 
     info: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceGone:
+class ServiceGone(Struct, frozen=True):
     """To the console, for each entry that went: shaped as in `ServiceRegistered`."""
 
     info: Mapping[str, Any]
@@ -244,8 +218,7 @@ class ServiceRecord:
     expires: float = field(default=0.0, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Register:
+class Register(Struct, frozen=True):
     """Keep a service registered for as long as the sender lives. Answer, at every registration
     (again after each reconnection): `Registered` or `RegistrationRefused`."""
 
@@ -257,16 +230,14 @@ class Register:
     instance: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Unregister:
+class Unregister(Struct, frozen=True):
     """Take a registration back. No answer."""
 
     meta: Mapping[str, Any]
     service_key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Registered:
+class Registered(Struct, frozen=True):
     meta: Mapping[str, Any]
     service_key: bytes
     #: With which registry.
@@ -275,8 +246,7 @@ class Registered:
     verified: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RegistrationRefused:
+class RegistrationRefused(Struct, frozen=True):
     """The registry does not take it, for the reason in ``text``; it is asked again later."""
 
     meta: Mapping[str, Any]
@@ -285,8 +255,7 @@ class RegistrationRefused:
     registry_key: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Find:
+class Find(Struct, frozen=True):
     """Look for services, waiting until there are some. Answer: `Found`."""
 
     #: `role` and `version`, which is a range; without `version` any will do.
@@ -302,21 +271,18 @@ class Found:
     records: tuple[ServiceRecord, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
+class Watch(Struct, frozen=True):
     """Tell the sender of the matching services now and at each change, as `Services`, for as long
     as it lives."""
 
     meta: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Unwatch:
+class Unwatch(Struct, frozen=True):
     meta: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Services:
+class Services(Struct, frozen=True):
     """Highest version first; empty when nobody matches."""
 
     meta: Mapping[str, Any]
@@ -327,42 +293,36 @@ class Services:
     age: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class ListRoles:
+class ListRoles(Struct, frozen=True):
     """Which roles does the registry know? Answer: `RolesListed`."""
 
 
-@dataclass(frozen=True, slots=True)
-class RolesListed:
+class RolesListed(Struct, frozen=True):
     #: None when the registry cannot tell, or does not answer.
     roles: tuple[str, ...] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Refresh:
+class Refresh(Struct, frozen=True):
     """A service that a `Watch` told of does not work: ask the registry again, and keep asking for a
     while, since it may not know yet."""
 
     meta: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class LinkConnecting:
+class LinkConnecting(Struct, frozen=True):
     """To the console: an attempt begins. The first has number 1, also after a loss."""
 
     registry_key: bytes
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class LinkUp:
+class LinkUp(Struct, frozen=True):
     """To the console: the registry can be asked."""
 
     registry_key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class LinkDown:
+class LinkDown(Struct, frozen=True):
     """To the console: no session, and when the next attempt comes."""
 
     registry_key: bytes
@@ -376,8 +336,7 @@ class LinkDown:
 # To the console.
 
 
-@dataclass(frozen=True, slots=True)
-class EndpointReady:
+class EndpointReady(Struct, frozen=True):
     """The node has joined its network, or has found that there is none yet."""
 
     address: Address
@@ -385,15 +344,13 @@ class EndpointReady:
     nodes: int
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceListening:
+class ServiceListening(Struct, frozen=True):
     """Clients can connect to the key."""
 
     public_key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class RegistryListening:
+class RegistryListening(Struct, frozen=True):
     """Clients can connect to the registry."""
 
     public_key: bytes
@@ -402,8 +359,7 @@ class RegistryListening:
     anybody_queries: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RelayListening:
+class RelayListening(Struct, frozen=True):
     """Peers can connect to the relay."""
 
     public_key: bytes
@@ -411,8 +367,7 @@ class RelayListening:
     anybody: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyListening:
+class ProxyListening(Struct, frozen=True):
     """Local clients can connect to the address."""
 
     host: str
@@ -421,16 +376,14 @@ class ProxyListening:
     chosen: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyRouted:
+class ProxyRouted(Struct, frozen=True):
     """New connections to the port go to this service."""
 
     port: int
     service: ServiceRecord
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyUnrouted:
+class ProxyUnrouted(Struct, frozen=True):
     """Nobody matches the role: new connections to the port wait, and are then closed."""
 
     port: int
@@ -439,30 +392,26 @@ class ProxyUnrouted:
 # The resolver of a proxy. It answers whoever asked.
 
 
-@dataclass(frozen=True, slots=True)
-class Resolve:
+class Resolve(Struct, frozen=True):
     """Which services may a new connection use? Answer: `Resolved`, once there is one."""
 
     #: Keys of those that this connection has tried already.
     excluding: frozenset[bytes] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
+class Resolved(Struct, frozen=True):
     #: The one to try first comes first; empty when none appeared in time.
     services: tuple[ServiceRecord, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceFailed:
+class ServiceFailed(Struct, frozen=True):
     """No connection to this service came about, or it broke before its first byte. No answer."""
 
     public_key: bytes
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceWorked:
+class ServiceWorked(Struct, frozen=True):
     """The service's first byte has arrived. No answer."""
 
     public_key: bytes
@@ -475,25 +424,21 @@ class ServiceWorked:
     timings: Timings | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceTaken:
+class ServiceTaken(Struct, frozen=True):
     """The sender, a pipe, runs over this service from now on until it dies. No answer."""
 
     public_key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Follow:
+class Follow(Struct, frozen=True):
     """Tell the sender which service comes first, now and at each change, as `Resolved`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Explain:
+class Explain(Struct, frozen=True):
     """Why is each known instance taken or passed over? Answer: `Explained`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Explained:
+class Explained(Struct, frozen=True):
     """JSON objects, the instance that comes first first."""
 
     rows: tuple[Mapping[str, Any], ...]
@@ -502,15 +447,13 @@ class Explained:
 # The health check of a service, to its announcement.
 
 
-@dataclass(frozen=True, slots=True)
-class HealthChanged:
+class HealthChanged(Struct, frozen=True):
     healthy: bool
     #: One line.
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceUnhealthy:
+class ServiceUnhealthy(Struct, frozen=True):
     """To the console: the TCP target does not answer, so the service is not registered."""
 
     reason: str
@@ -519,13 +462,11 @@ class ServiceUnhealthy:
 # Looking in. Any actor that has something to show answers.
 
 
-@dataclass(frozen=True, slots=True)
-class Describe:
+class Describe(Struct, frozen=True):
     """Answer: `Described`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Described:
+class Described(Struct, frozen=True):
     """JSON values by name; never secrets."""
 
     fields: Mapping[str, Any]

@@ -15,9 +15,9 @@ to its channel is in `attempts`.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import Any, cast
 
+from msgspec import Struct
 from thespian.actors import ActorAddress
 
 from ..transport.channel import Channel
@@ -36,8 +36,7 @@ QUIET = 0.2
 CONNECT_TIMEOUT = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class ServicePipe:
+class ServicePipe(Struct, frozen=True):
     """A channel that a client opened, for the TCP service at ``host``:``port``."""
 
     channel: Channel

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from dataclasses import dataclass
 from typing import cast
 
+from msgspec import Struct
 from thespian.actors import ActorAddress
 
 from ..supervisor import ChildRefused, ChildStarted, StartChild
@@ -35,8 +35,7 @@ BACKLOG = 1024
 PAUSE = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyArgs:
+class ProxyArgs(Struct, frozen=True):
     """Where local clients connect, and who the proxy is towards services."""
 
     host: str
@@ -50,8 +49,7 @@ class ProxyArgs:
     relay_through: tuple[bytes, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Resume:
+class _Resume(Struct, frozen=True):
     pass
 
 

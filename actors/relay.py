@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from msgspec import Struct
 from thespian.actors import ActorAddress
 
 from ..transport.channel import Channel
@@ -39,15 +40,13 @@ MAX_WAITING = 32
 MAX_UNWRITTEN = 64 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class BooksArgs:
+class BooksArgs(Struct, frozen=True):
     limits: RelayLimits
     #: Keys that may use the relay; None for everybody.
     allow: frozenset[bytes] | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Due:
+class _Due(Struct, frozen=True):
     at: float
 
 
@@ -174,13 +173,11 @@ class RelayListener(Listener):
         self.send(sender, Described(fields))
 
 
-@dataclass(frozen=True, slots=True)
-class SessionArgs:
+class SessionArgs(Struct, frozen=True):
     channel: Channel
 
 
-@dataclass(frozen=True, slots=True)
-class _Over:
+class _Over(Struct, frozen=True):
     """Nothing more will come from the peer; why, unless it ended in order."""
 
     error: Exception | None

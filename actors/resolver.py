@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random, SystemRandom
 from typing import Any, cast
 
+from msgspec import Struct, field
 from thespian.actors import ActorAddress
 
 from .actor import Actor, Address, Down, Timer, handles
@@ -41,8 +42,7 @@ MAX_WAITING = 4096
 RECONSIDER = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class ResolverArgs:
+class ResolverArgs(Struct, frozen=True):
     """What is looked for, and how one of those who match is chosen."""
 
     #: Role and range.
@@ -60,8 +60,7 @@ class ResolverArgs:
     rng: Random = field(default_factory=SystemRandom)
 
 
-@dataclass(frozen=True, slots=True)
-class Offer(Resolved):
+class Offer(Resolved, frozen=True):
     """Which instances to try, and how patiently."""
 
     #: Seconds after which an attempt to connect gets a rival.
@@ -84,20 +83,17 @@ class _User:
     offered_at: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class _GiveUp:
+class _GiveUp(Struct, frozen=True):
     address: ActorAddress
     asker: _Asker
 
 
-@dataclass(frozen=True, slots=True)
-class _Reconsider:
+class _Reconsider(Struct, frozen=True):
     address: ActorAddress
     asker: _Asker
 
 
-@dataclass(frozen=True, slots=True)
-class _SomeDue:
+class _SomeDue(Struct, frozen=True):
     pass
 
 

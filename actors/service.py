@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
 from thespian.actors import ActorAddress
 
 from ..transport.keys import KeyPair
@@ -28,8 +28,7 @@ from .messages import (
 from .pipe import ServicePipe
 
 
-@dataclass(frozen=True, slots=True)
-class ListenerArgs:
+class ListenerArgs(Struct, frozen=True):
     """Who is served, and to whom."""
 
     key_pair: KeyPair
@@ -75,8 +74,7 @@ class ServiceListener(Listener):
         self.send(sender, Described(fields))
 
 
-@dataclass(frozen=True, slots=True)
-class AnnouncementArgs:
+class AnnouncementArgs(Struct, frozen=True):
     """What is registered."""
 
     key_pair: KeyPair

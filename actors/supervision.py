@@ -9,6 +9,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from msgspec import Struct
+
 from .actor import Actor, ActorAddress, ExitReason, InvalidInput
 
 Strategy = Literal["one_for_one", "one_for_all", "rest_for_one", "simple_one_for_one"]
@@ -23,8 +25,7 @@ class GaveUp(ExitReason):
     ends with those above that failed because of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChildSpec:
+class ChildSpec(Struct, frozen=True):
     """One child, which its supervisor knows by `id`.
 
     `restart`: permanent always, transient after an abnormal exit, temporary never. `shutdown` is
@@ -47,8 +48,7 @@ class ChildSpec:
             raise InvalidInput(f"restart is one of {get_args(Restart)}, not {self.restart!r}")
 
 
-@dataclass(frozen=True, slots=True)
-class Backoff:
+class Backoff(Struct, frozen=True):
     """How long a failed child waits for its restart.
 
     The first restart is immediate. The n-th after it waits `initial * factor ** (n - 1)` seconds,
@@ -71,8 +71,7 @@ class Backoff:
         return delay * (1 - self.jitter * rng.random())
 
 
-@dataclass(frozen=True, slots=True)
-class SupervisorSpec:
+class SupervisorSpec(Struct, frozen=True):
     """The children of a supervisor, in the order of their start.
 
     one_for_one restarts the one that failed, rest_for_one it and those after it, one_for_all all of
@@ -100,8 +99,7 @@ class SupervisorSpec:
             raise InvalidInput("intensity is 0 or more, and period more than 0 seconds")
 
 
-@dataclass(frozen=True, slots=True)
-class StartChild:
+class StartChild(Struct, frozen=True):
     """Start another child of a simple_one_for_one supervisor, by default with the template's args
     and the next number as its id. Answer: `ChildStarted`, when it serves, or `ChildRefused`."""
 
@@ -109,42 +107,36 @@ class StartChild:
     id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ChildStarted:
+class ChildStarted(Struct, frozen=True):
     address: ActorAddress
     id: str
 
 
-@dataclass(frozen=True, slots=True)
-class ChildRefused:
+class ChildRefused(Struct, frozen=True):
     reason: str
     #: As in `StartChild`: what they hold is the starter's again.
     args: object = None
 
 
-@dataclass(frozen=True, slots=True)
-class TerminateChild:
+class TerminateChild(Struct, frozen=True):
     """Stop a child, which is not restarted unless its siblings' failure restarts it with them.
     Answer: `ChildTerminated`, when it is gone, or `ChildRefused`."""
 
     id: str
 
 
-@dataclass(frozen=True, slots=True)
-class ChildTerminated:
+class ChildTerminated(Struct, frozen=True):
     id: str
 
 
-@dataclass(frozen=True, slots=True)
-class WhichChildren:
+class WhichChildren(Struct, frozen=True):
     """Answer: `Children`, with at most `limit` children of a simple_one_for_one supervisor, which
     may have very many."""
 
     limit: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ChildStatus:
+class ChildStatus(Struct, frozen=True):
     """How a child is, and its address, which is None while it is waiting or down."""
 
     id: str
@@ -168,8 +160,7 @@ class ChildStatus:
         return self.state == "serving"
 
 
-@dataclass(frozen=True, slots=True)
-class Children:
+class Children(Struct, frozen=True):
     """Children in the order of their start, and how their supervisor is, as in `ChildStatus`."""
 
     children: tuple[ChildStatus, ...]

@@ -10,9 +10,10 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ..actors.runtime_files import runtime_directory, sockets
 from ..transport.errors import HyperseaportError, InvalidInput, LocalError, RemoteError
@@ -28,8 +29,7 @@ MAX_ANSWER = 16 << 20
 Fields = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
+class _Answer(Struct, frozen=True):
     """What a program says, or why there is no answer."""
 
     path: Path

@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from msgspec import Struct
+
 from .encoding import Reader, Writer
 from .errors import Closed, InvalidInput, LocalError, ProtocolError
 from .transmit import Buffer
@@ -37,15 +39,13 @@ _REJECT = 2
 _CLOSE = 3
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelOpened:
+class ChannelOpened(Struct, frozen=True):
     """The peer has opened this channel as well."""
 
     channel: int
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelMessage:
+class ChannelMessage(Struct, frozen=True):
     """A message of the peer on a channel that both have opened."""
 
     channel: int
@@ -53,16 +53,14 @@ class ChannelMessage:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelClosed:
+class ChannelClosed(Struct, frozen=True):
     """The peer has closed the channel, or rejected it: its number means nothing any more."""
 
     channel: int
     rejected: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ProtomuxFailure:
+class ProtomuxFailure(Struct, frozen=True):
     """The last event of a peer that broke the protocol: destroy the stream."""
 
     error: ProtocolError

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
 from typing import Final, TypeAlias
+
+from msgspec import Struct
 
 from .errors import Closed, InvalidInput, LocalError, ProtocolError
 
@@ -44,8 +45,7 @@ ABSENT: Final = Absent.ABSENT
 Json: TypeAlias = object
 
 
-@dataclass(frozen=True, slots=True)
-class RpcRequest:
+class RpcRequest(Struct, frozen=True):
     """The peer asks. Answer with `RpcPeer.reply` or `RpcPeer.fail`, at any time, in any order."""
 
     #: A method that is no text is here as its JSON text, which names none.
@@ -60,8 +60,7 @@ class RpcRequest:
         return _truthy(self.id)
 
 
-@dataclass(frozen=True, slots=True)
-class RpcResponse:
+class RpcResponse(Struct, frozen=True):
     """The peer has answered the request of this id, which is no longer in flight."""
 
     id: int
@@ -71,8 +70,7 @@ class RpcResponse:
     error: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class RpcFailure:
+class RpcFailure(Struct, frozen=True):
     """The last event of a peer that sent no JSON: destroy the stream (spec 5.3)."""
 
     error: ProtocolError

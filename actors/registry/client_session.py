@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from ...transport.errors import LocalError
 from ...transport.rpc import ABSENT, RpcResponse
 from ..actor import Actor, Timer
@@ -58,15 +60,13 @@ class Alarm:
             action()
 
 
-@dataclass(frozen=True, slots=True)
-class Due:
+class Due(Struct, frozen=True):
     """To the actor itself: its handler calls `alarm.ring()`."""
 
     alarm: Alarm
 
 
-@dataclass(frozen=True, slots=True)
-class FromWire:
+class FromWire(Struct, frozen=True):
     """To the actor itself: what a connection brought; it may be a former one."""
 
     wire: RpcProtocol

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct, structs
 from thespian.actors import ActorAddress
 
 from ...supervisor import Children, WhichChildren
@@ -105,24 +106,20 @@ class _Finding:
     gathering: Timer | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
+class _Look(Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class _Remind:
+class _Remind(Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class _FindOver:
+class _FindOver(Struct, frozen=True):
     finding: _Finding
     finder: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Gathered:
+class _Gathered(Struct, frozen=True):
     finding: _Finding
 
 
@@ -270,7 +267,7 @@ class Directory(Actor):
         if not message.instance:
             # All registries shall know it as the same one.
             instance = registration.message.instance or secrets.token_hex(16)
-            message = replace(message, instance=instance)
+            message = structs.replace(message, instance=instance)
         registration.message = message
         registration.owners[sender] = None
         self.monitor(sender)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, TypeVar, cast
 
+from msgspec import Struct
+
 from . import matching
 from .lease import MAX_ROLE, Lease, encode, json_size, statement_size
 from .roles import Meta
@@ -25,8 +27,7 @@ _scan = json.JSONDecoder().raw_decode
 Place = tuple[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
+class Service(Struct, frozen=True):
     """What a plain registration is about, checked."""
 
     meta: Meta

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from random import Random
 
+from msgspec import Struct, field
 from thespian.actors import ActorAddress
 
 from ...transport.keys import KeyPair
@@ -62,8 +62,7 @@ NEWS_PAUSE = 10.0
 MAX_ROLES = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class LinkArgs:
+class LinkArgs(Struct, frozen=True):
     """Which registry, and who to be towards it; None for an identity that nobody knows yet."""
 
     registry_key: bytes
@@ -74,8 +73,7 @@ class LinkArgs:
     clock: Callable[[], float] = time.time
 
 
-@dataclass(frozen=True, slots=True)
-class Attend:
+class Attend(Struct, frozen=True):
     """Tell the sender of each session that begins and ends, as `LinkUp` and `LinkDown`, for as long
     as it lives; at once, if there is one."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from . import lease
 from .lease import Refused
@@ -14,8 +15,7 @@ REGISTERING = frozenset({"register", "unregister", "lease"})
 QUERYING = frozenset({"query", "roles", "waitFor", "watch"})
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(Struct, frozen=True):
     """Public keys, of 32 bytes each; None is for everybody."""
 
     #: Connections of these keys may register services, and these services may have leases, whoever

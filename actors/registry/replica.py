@@ -7,8 +7,8 @@ itself, but never reads the log. So there is no log: this peer can be found, acc
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 
+from msgspec import Struct
 from thespian.actors import ActorAddress
 
 from ...transport.channel import Channel
@@ -42,13 +42,11 @@ class _Ignore(asyncio.Protocol):
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class _Leave:
+class _Leave(Struct, frozen=True):
     channel: Channel
 
 
-@dataclass(frozen=True, slots=True)
-class _Retry:
+class _Retry(Struct, frozen=True):
     pass
 
 

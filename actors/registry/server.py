@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
 from thespian.actors import ActorAddress
 
 from ...supervisor import ChildRefused, ChildStarted, StartChild
@@ -51,8 +52,7 @@ FEATURES = ("lease", "roles", "watch")
 BROKEN = ExitReason("the connection broke", normal=True)
 
 
-@dataclass(frozen=True, slots=True)
-class ServerArgs:
+class ServerArgs(Struct, frozen=True):
     """Who the registry is, and who may do what."""
 
     key_pair: KeyPair

@@ -11,11 +11,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
 from thespian.actors import ActorAddress
 
 from ...transport.errors import InvalidInput
@@ -57,8 +57,7 @@ NO_KEY = "info needs an id property"
 WAIT_OVER = "timeout waiting for service"
 
 
-@dataclass(frozen=True, slots=True)
-class TableArgs:
+class TableArgs(Struct, frozen=True):
     """Where to keep what must survive a restart: an SQLite file, or nowhere."""
 
     path: Path | None = None
@@ -66,8 +65,7 @@ class TableArgs:
     clock: Callable[[], float] = time.time
 
 
-@dataclass(frozen=True, slots=True)
-class TableNotice:
+class TableNotice(Struct, frozen=True):
     """To a session: what a watch of its client is told of has changed."""
 
     watch: int
@@ -75,25 +73,21 @@ class TableNotice:
     services: list[dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Counted:
+class Counted(Struct, frozen=True):
     """From a session: one more of what the table counts under this name."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Commit:
+class _Commit(Struct, frozen=True):
     """All that waited in the mailbox is done."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Alarm:
+class _Alarm(Struct, frozen=True):
     """The first deadline may have come."""
 
 
-@dataclass(frozen=True, slots=True)
-class _List:
+class _List(Struct, frozen=True):
     """What the watches of one role and range are told."""
 
     items: list[dict[str, Any]]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from ...transport.rpc import RpcPeer, RpcRequest
 
@@ -17,13 +18,11 @@ if TYPE_CHECKING:
 MAX_PIPELINED = 128
 
 
-@dataclass(frozen=True, slots=True)
-class StreamEnded:
+class StreamEnded(Struct, frozen=True):
     """The peer sends nothing more, and may still read."""
 
 
-@dataclass(frozen=True, slots=True)
-class StreamLost:
+class StreamLost(Struct, frozen=True):
     """The connection is over; None when both sides had ended it."""
 
     error: Exception | None

@@ -8,8 +8,9 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from hyperseaport.actors.endpoint import EndpointActor
 from hyperseaport.supervisor import ChildSpec, SupervisorSpec

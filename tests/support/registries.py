@@ -10,9 +10,11 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any, cast
+
+from msgspec.structs import replace
 
 from hyperseaport.actors.actor import Actor, ActorAddress, handles
 from hyperseaport.actors.messages import Accepted, LinkDown, Listen, ServiceRecord

@@ -9,8 +9,9 @@ the end that is not the relay.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
+
+from msgspec import Struct
 
 from ..encoding import Reader, Writer
 from ..errors import DecodeError
@@ -29,8 +30,7 @@ _INITIATOR = 1
 _MAX_STREAM_ID = 2**32 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(Struct, frozen=True):
     """To the relay: pair me with who has the other flag. From it: here is your stream."""
 
     #: Set for the end whose relay was chosen.
@@ -56,8 +56,7 @@ class Pair:
         return cls(is_initiator, token, identifier, seq)
 
 
-@dataclass(frozen=True, slots=True)
-class Unpair:
+class Unpair(Struct, frozen=True):
     """To the relay: end the pair with this token, or stop waiting for it."""
 
     #: 32 bytes.

@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from math import inf
 from random import Random, SystemRandom
 from typing import Any, TypeVar
+
+from msgspec import Struct
 
 from ..channel import Channel
 from ..errors import Closed, LocalError, PeerSilent, StreamTimeout
@@ -64,8 +66,7 @@ PUBLIC_BOOTSTRAP = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class EndpointConfig:
+class EndpointConfig(Struct, frozen=True):
     """How a node stands in the network."""
 
     #: ``host:port`` or ``ip@name:port``; empty for a node that is itself the network's first.

@@ -13,9 +13,10 @@ The server socket asks nobody before strangers have tried it: what it sends woul
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from ..transmit import CLIENT_SOCKET, SERVER_SOCKET, Address
 from .messages import Firewall
@@ -45,8 +46,7 @@ HAIRPIN_TIMEOUT = 0.3
 HAIRPIN_RETRIES = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
+class Findings(Struct, frozen=True):
     """Times in seconds. What could not be found out is None, or `Firewall.UNKNOWN`."""
 
     #: Addresses of the host's interfaces.

@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from random import Random
+
+from msgspec import Struct, field
 
 from ..errors import Closed, InvalidInput, LocalError
 from ..keys import KeyPair
@@ -42,8 +43,7 @@ EARLY = 8
 MAX_SERVERS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class HyperDHTConfig:
+class HyperDHTConfig(Struct, frozen=True):
     """How a node stands in the network."""
 
     node: NodeConfig = field(default_factory=NodeConfig)

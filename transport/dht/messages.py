@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from msgspec import Struct
+
 from .. import keys
 from ..encoding import Reader, Writer, decode_address, encode_uint, read_addresses, read_uint
 from ..errors import DecodeError, InvalidInput
@@ -129,8 +131,7 @@ class HandshakeMessage:
         return message
 
 
-@dataclass(frozen=True, slots=True)
-class HolepunchMessage:
+class HolepunchMessage(Struct, frozen=True):
     """Value of PEER_HOLEPUNCH, in requests and responses."""
 
     mode: Mode
@@ -158,16 +159,14 @@ class HolepunchMessage:
         return cls(mode, session, payload, reader.address() if flags & 1 else None)
 
 
-@dataclass(frozen=True, slots=True)
-class Relay:
+class Relay(Struct, frozen=True):
     """A DHT node that forwards to a server, and the server's address as that node sees it."""
 
     relay_address: Address
     peer_address: Address
 
 
-@dataclass(frozen=True, slots=True)
-class HolepunchInfo:
+class HolepunchInfo(Struct, frozen=True):
     """Where a server can be punched: its session number and its relays."""
 
     id: int
@@ -184,8 +183,7 @@ class UdxInfo:
     reusable_socket: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RelayThrough:
+class RelayThrough(Struct, frozen=True):
     """A blind relay by its 32-byte key, and the 32-byte token that pairs the two ends there."""
 
     public_key: bytes
@@ -309,8 +307,7 @@ def _read_relay_through(data: bytes, position: int) -> tuple[RelayThrough, int]:
     return RelayThrough(reader.fixed(32), reader.fixed(32)), len(data) - reader.remaining
 
 
-@dataclass(frozen=True, slots=True)
-class HolepunchPayload:
+class HolepunchPayload(Struct, frozen=True):
     """Plaintext inside PEER_HOLEPUNCH; `noise.seal` and `noise.unseal` are its envelope."""
 
     error: int = 0
@@ -368,8 +365,7 @@ class HolepunchPayload:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class PeerRecord:
+class PeerRecord(Struct, frozen=True):
     """What the DHT stores of a peer, and what FIND_PEER returns."""
 
     #: 32 bytes
@@ -389,8 +385,7 @@ class PeerRecord:
         return cls(reader.fixed(32), _addresses(reader))
 
 
-@dataclass(frozen=True, slots=True)
-class LookupReply:
+class LookupReply(Struct, frozen=True):
     """The records of a topic at one node, and its newest bump (milliseconds since 1970)."""
 
     peers: tuple[PeerRecord, ...]
@@ -409,8 +404,7 @@ def encode_lookup_reply(records: list[bytes], bump: int) -> bytes:
     return bytes(Writer().array(records, Writer.raw).uint(bump))
 
 
-@dataclass(frozen=True, slots=True)
-class Announce:
+class Announce(Struct, frozen=True):
     """Value of ANNOUNCE and UNANNOUNCE."""
 
     peer: PeerRecord | None = None
@@ -459,8 +453,7 @@ def announce_signable(
     return namespace + keys.blake2b(target, node_id, token, peer, refresh)
 
 
-@dataclass(frozen=True, slots=True)
-class MutableValue:
+class MutableValue(Struct, frozen=True):
     """A signed value under a key, as stored and returned."""
 
     seq: int
@@ -493,8 +486,7 @@ def mutable_signable(seq: int, value: bytes) -> bytes:
     return keys.NS_MUTABLE_PUT + keys.blake2b(bytes(Writer().uint(seq).buffer(value)))
 
 
-@dataclass(frozen=True, slots=True)
-class MutablePut:
+class MutablePut(Struct, frozen=True):
     """Value of MUTABLE_PUT."""
 
     #: 32 bytes

@@ -7,7 +7,8 @@ announcements and 48 hours for values, of which two thirds are certain.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from .. import keys
 from ..encoding import encode_uint
@@ -26,8 +27,7 @@ MAX_VALUE_BYTES = 1000
 FULL_LIST = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Struct, frozen=True):
     """What became of a put or an announcement."""
 
     #: Nodes that took it, and nodes that refused with SEQ_REUSED or SEQ_TOO_LOW.
@@ -35,8 +35,7 @@ class Stored:
     refused: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """Everybody who announced a topic, with all relay addresses that were found."""
 
     peers: tuple[PeerRecord, ...]

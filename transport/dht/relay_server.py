@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from ..errors import DecodeError, ProtocolError
 from ..protomux import ChannelClosed, ChannelMessage, Protomux, ProtomuxFailure
 from ..transmit import Address
@@ -48,8 +50,7 @@ PAIRS_PER_KEY = 4096
 RATE = 16 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class RelayLimits:
+class RelayLimits(Struct, frozen=True):
     """What each of the relay's users may have."""
 
     #: Some peers open one for each connection that goes through the relay.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
 from random import Random
 from typing import Generic, Protocol, TypeVar
+
+from msgspec import Struct, structs
 
 from .. import keys
 from ..encoding import Reader
@@ -148,8 +149,7 @@ def _remove(generation: dict[bytes, dict[bytes, bytes]], topic: bytes, public_ke
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(Struct, frozen=True):
     """How a node reaches a server that announced itself to it."""
 
     #: The encoded `PeerRecord`.
@@ -196,8 +196,7 @@ class Forwards:
         return None if forward is None else forward.record
 
 
-@dataclass(frozen=True, slots=True)
-class _Refresh:
+class _Refresh(Struct, frozen=True):
     """What a link of a hash chain renews."""
 
     target: bytes
@@ -306,7 +305,9 @@ class Store:
             return announce.refresh is not None and self._refresh(request, announce.refresh, now)
         if not self._signed(request, target, announce, keys.NS_ANNOUNCE):
             return False
-        peer = replace(announce.peer, relay_addresses=announce.peer.relay_addresses[:MAX_RELAYS])
+        peer = structs.replace(
+            announce.peer, relay_addresses=announce.peer.relay_addresses[:MAX_RELAYS]
+        )
         entry = _Refresh(
             target, peer.public_key, peer.encode(), keys.target(peer.public_key) == target
         )

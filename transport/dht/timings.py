@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 #: Which way a connection goes: straight to the peer; so, from a socket and to an address that an
 #: earlier connection left; to an address on our own network; through NATs that were punched; or
@@ -11,8 +12,7 @@ from typing import Literal
 How = Literal["direct", "remembered", "local", "punched", "relayed"]
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(Struct, frozen=True):
     """Seconds, one part after the other."""
 
     #: Until the node was asked that brought the peer's answer: finding it, and others that did not

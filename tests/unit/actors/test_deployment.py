@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from support.endpoint import MemoryNetwork
 from support.pipes import in_memory
 from support.registry import REGISTRY, virtual

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 import structlog
+from msgspec.structs import replace
 
 from hyperseaport import cli
 from hyperseaport.actors import doctor as examiner

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from support.dht_fakes import FakeNode, context, reply
 from vectors import load
 
@@ -128,7 +128,7 @@ def test_only_own_relays_vouch_for_an_address() -> None:
 
 
 def _fields(payload: HolepunchPayload) -> dict[str, Any]:
-    return {name: getattr(payload, name) for name in HolepunchPayload.__slots__}
+    return {name: getattr(payload, name) for name in HolepunchPayload.__struct_fields__}
 
 
 def test_punching_is_started_once() -> None:
