@@ -63,7 +63,7 @@ def main() -> int:
     report.facts["time it took"] = f"{(time.monotonic() - BEGIN) / 60:.0f} minutes"
     text = report.markdown()
     output = arguments.output or (None if arguments.short or wanted else PERFORMANCE)
-    if output is None:
+    if output is None or output == "-":
         print(text)
     else:
         Path(output).write_text(text)
@@ -165,7 +165,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="small sizes, few rounds")
     parser.add_argument("--only", metavar="CASE[,CASE]", help="these cases alone")
     parser.add_argument("--rounds", type=int, metavar="N", help="of every case")
-    parser.add_argument("--output", metavar="FILE", help="where to write the page")
+    parser.add_argument("--output", metavar="FILE", help="where to write the page; - prints it")
     parser.add_argument("--json", metavar="FILE", help="where to write all figures as JSON")
     return parser.parse_args()
 
