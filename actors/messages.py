@@ -132,8 +132,9 @@ class ForwarderBorrowed(Struct, frozen=True):
 class RelayEnter(Struct, frozen=True):
     """The sender is the session of a peer, until it dies. Answer: `RelayRefused` or none."""
 
-    #: The key that the peer has proven to have.
+    #: The key that the peer has proven to have, and where it is.
     public_key: bytes
+    host: str
 
 
 class RelayRefused(Struct, frozen=True):

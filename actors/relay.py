@@ -77,7 +77,7 @@ class RelayBooks(Actor):
 
     @handles(RelayEnter)
     def _enter(self, message: RelayEnter, sender: ActorAddress) -> None:
-        session = self._books.open(message.public_key, self.now)
+        session = self._books.open(message.public_key, message.host, self.now)
         if session is None:
             self.send(sender, RelayRefused())
             return
@@ -190,7 +190,8 @@ class RelaySessionActor(Actor):
         channel = args.channel
         self._stream = _ControlStream(channel, lambda event: self.send(self.myAddress, event))
         self._owned = self.own(self._stream.abort)
-        self.send(self.context["books"], RelayEnter(channel.remote_public_key))
+        _socket, (host, _port) = self._stream.peer
+        self.send(self.context["books"], RelayEnter(channel.remote_public_key, host))
         self._stream.start()
         self.ready()
 

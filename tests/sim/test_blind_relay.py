@@ -100,7 +100,7 @@ class Peer:
     def ask(self, flag: bool, token: bytes = TOKEN) -> list[tuple[RelaySession, Pair]]:
         server, now = self.world.relay.server, self.world.network.now
         if self.session is None:
-            self.session = server.open(bytes((self.address[1] % 256,)) * 32, now)
+            self.session = server.open(bytes((self.address[1] % 256,)) * 32, self.address[0], now)
         assert self.session is not None
         request = Pair(flag, token, self.stream.local_id)
         return server.receive(self.session, request, 0, self.address, now)

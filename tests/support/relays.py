@@ -54,7 +54,8 @@ class _Session:
         self.stream = connection.stream
         self.secret = SecretStream(connection.handshake, relay.rng)
         self.control = RelayControl(connection.handshake.remote_public_key, now)
-        session = relay.server.open(connection.handshake.remote_public_key, now)
+        key, (host, _port) = connection.handshake.remote_public_key, connection.stream.address
+        session = relay.server.open(key, host, now)
         assert session is not None
         self.session: RelaySession = session
         self.stream.write(self.secret.start(), now)

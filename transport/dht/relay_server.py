@@ -10,6 +10,7 @@ nothing of that, and counts it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from msgspec import Struct
@@ -22,6 +23,9 @@ from .blind_relay import PAIR, PAIR_SECONDS, PROTOCOL, Pair, RelayMessage, Unpai
 
 #: Control sessions at once, of all keys: each is an actor, a channel and a few KiB of buffers.
 MAX_SESSIONS = 10_000
+#: Those of all keys of one host, where everybody may come with as many keys as they like: nobody
+#: keeps the others out, and many can be behind one NAT.
+SESSIONS_PER_HOST = MAX_SESSIONS // 8
 #: Keys that are known: those without a session only until their `Allowance` is full again.
 MAX_KEYS = 2 * MAX_SESSIONS
 #: Requests that one session may make at once, and a second. A peer of the reference needs one or
@@ -153,10 +157,11 @@ class _User:
 class RelaySession:
     """One session in the relay's books."""
 
-    __slots__ = ("_idle_since", "_links", "_over", "_user", "_waiting", "public_key")
+    __slots__ = ("_host", "_idle_since", "_links", "_over", "_user", "_waiting", "public_key")
 
-    def __init__(self, public_key: bytes, user: _User) -> None:
+    def __init__(self, public_key: bytes, host: str, user: _User) -> None:
         self.public_key = public_key
+        self._host = host
         self._user = user
         self._waiting: set[_Half] = set()
         self._links: set[_Link] = set()
@@ -192,6 +197,7 @@ class RelayServer:
     __slots__ = (
         "_allow",
         "_forwarder",
+        "_hosts",
         "_limits",
         "_lingering",
         "_links",
@@ -212,6 +218,8 @@ class RelayServer:
         self._limits = limits or RelayLimits()
         self._allow = allow
         self._users: dict[bytes, _User] = {}
+        # Sessions by the host that they came from.
+        self._hosts: Counter[str] = Counter()
         self._sessions: dict[RelaySession, None] = {}
         # Halves by token and flag, the oldest first.
         self._waiting: dict[tuple[bytes, bool], _Half] = {}
@@ -241,11 +249,12 @@ class RelayServer:
         """Requests whose other half has not come."""
         return len(self._waiting)
 
-    def open(self, public_key: bytes, now: float) -> RelaySession | None:
-        """A session begins. None: the key may have none, or no more."""
+    def open(self, public_key: bytes, host: str, now: float) -> RelaySession | None:
+        """A session begins, from ``host``. None: the key, or the host, may have none or no more."""
         user = self._users.get(public_key)
         if (
             (self._allow is not None and public_key not in self._allow)
+            or (self._allow is None and self._hosts[host] >= SESSIONS_PER_HOST)
             or len(self._sessions) >= MAX_SESSIONS
             or (user is None and len(self._users) >= MAX_KEYS)
             or (user is not None and user.sessions >= self._limits.sessions_per_key)
@@ -255,8 +264,9 @@ class RelayServer:
         if user is None:
             user = self._users[public_key] = _User(Allowance(self._limits.rate))
         user.sessions += 1
-        session = RelaySession(public_key, user)
+        session = RelaySession(public_key, host, user)
         self._sessions[session] = None
+        self._hosts[host] += 1
         self.stats.accepted += 1
         self._look_later(now)
         return session
@@ -297,6 +307,9 @@ class RelayServer:
             return
         session._over = True
         del self._sessions[session]
+        self._hosts[session._host] -= 1
+        if not self._hosts[session._host]:
+            del self._hosts[session._host]
         for half in list(session._waiting):
             self._drop(half)
             self.stats.cancelled += 1

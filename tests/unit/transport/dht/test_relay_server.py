@@ -42,6 +42,7 @@ AT: dict[bytes, tuple[int, Address]] = {
     BOB: (1, ("10.0.0.2", 1002)),
     EVE: (0, ("10.0.0.3", 1003)),
 }
+HOST = "10.0.0.9"
 TOKEN = bytes(range(32))
 #: What Alice and Bob call their own streams.
 ALICES, BOBS = 77, 88
@@ -60,7 +61,7 @@ class Relay:
         self.over: list[RelaySession] = []
 
     def open(self, key: bytes) -> RelaySession:
-        session = self.server.open(key, self.now)
+        session = self.server.open(key, AT.get(key, AT[EVE])[1][0], self.now)
         assert session is not None
         return session
 
@@ -270,7 +271,7 @@ def test_the_oldest_idle_sessions_are_over_first(monkeypatch: pytest.MonkeyPatch
 def test_only_those_on_the_list() -> None:
     relay = Relay(allow=frozenset({ALICE}))
     relay.open(ALICE)
-    assert relay.server.open(EVE, 0.0) is None
+    assert relay.server.open(EVE, HOST, 0.0) is None
     assert (relay.server.stats.accepted, relay.server.stats.refused) == (1, 1)
 
 
@@ -278,11 +279,34 @@ def test_sessions_per_key() -> None:
     relay = Relay(RelayLimits(sessions_per_key=2))
     first = relay.open(ALICE)
     relay.open(ALICE)
-    assert relay.server.open(ALICE, 0.0) is None
+    assert relay.server.open(ALICE, HOST, 0.0) is None
     relay.open(BOB)
     relay.server.close(first, 0.0)
     relay.open(ALICE)
     assert SESSIONS_PER_KEY > 2
+
+
+def test_sessions_per_host_where_everybody_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_server, "SESSIONS_PER_HOST", 2)
+    relay = Relay()
+    first = relay.server.open(ALICE, HOST, 0.0)
+    assert first is not None
+    assert relay.server.open(BOB, HOST, 0.0) is not None
+    assert relay.server.open(EVE, HOST, 0.0) is None
+    assert relay.server.open(EVE, "10.0.0.8", 0.0) is not None
+    relay.server.close(first, 0.0)
+    assert relay.server.open(EVE, HOST, 0.0) is not None
+
+    known = Relay(allow=frozenset({ALICE, BOB, EVE}))
+    for key in (ALICE, BOB, EVE):
+        assert known.server.open(key, HOST, 0.0) is not None
+
+
+def test_hosts_without_sessions_are_forgotten() -> None:
+    relay = Relay()
+    for session in [relay.open(key) for key in (ALICE, BOB, EVE, ALICE)]:
+        relay.server.close(session, 0.0)
+    assert not relay.server._hosts
 
 
 def test_sessions_and_keys_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,12 +314,12 @@ def test_sessions_and_keys_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay_server, "MAX_KEYS", 3)
     relay = Relay()
     opened = [relay.open(key) for key in (ALICE, BOB)]
-    assert relay.server.open(EVE, 0.0) is None
+    assert relay.server.open(EVE, HOST, 0.0) is None
     for session in opened:
         relay.server.close(session, 0.0)
     relay.server.close(relay.open(EVE), 0.0)
     # Known until the next look.
-    assert relay.server.open(bytes(32), 0.0) is None
+    assert relay.server.open(bytes(32), HOST, 0.0) is None
     relay.open(ALICE)
     relay.wait(LOOK)
     relay.open(bytes(32))
@@ -383,7 +407,7 @@ def test_the_books_always_balance(steps: list[tuple[str, int, int, bool]]) -> No
     sessions: list[RelaySession] = []
     for action, who, number, flag in steps:
         if action == "open":
-            opened = relay.server.open((ALICE, BOB, EVE)[who], relay.now)
+            opened = relay.server.open((ALICE, BOB, EVE)[who], HOST, relay.now)
             sessions += [] if opened is None else [opened]
         elif action == "wait":
             relay.wait(number * 7.0)
